@@ -1,0 +1,240 @@
+"""What a base is made of and what a device of one profile downloads: two JSON files over one folder of blobs.
+
+    STORE/base.json              BaseIndex: every (layer, expert) -> blob, dense blob, tokenizer
+    STORE/<profile>/manifest.json  Manifest: the programs and the experts chosen for that profile
+    STORE/blobs/<sha256>         program, dense, tokenizer and expert blobs, named by their content
+
+Blobs. Expert: safetensors with `gate_up.packed` uint8 [2f, d/2], `gate_up.scale` float16 [2f, d/G],
+`down.packed` uint8 [d, f/2], `down.scale` float16 [d, f/G] (see `int4`). Dense: safetensors, float16, every other
+tensor of the checkpoint by its own name, plus `layers.{l}.router` [E, d] for each MoE layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol import PROTOCOL_VERSION, schema
+
+MAX_MANIFEST = 16 << 20
+
+
+class ManifestError(ValueError):
+    """A manifest or base index that cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """A file named by its content."""
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef") or self.bytes < 0:
+            raise schema.SchemaError(f"blob {self.sha256[:80]!r} of {self.bytes} bytes is no blob")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or parameter of a program."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # numpy's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Everything that a program is compiled for. Devices with the same shape share the program.
+
+    Letters: B batch rows, S tokens per row, K answer positions per row, R rank, G group, slots per MoE layer.
+    """
+
+    batch: int
+    sequence: int
+    answers: int
+    rank: int
+    group: int
+    slots: tuple[int, ...]  # parallel to BaseIndex.moe_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One ExecuTorch file and how to call it.
+
+    `inputs` in calling order. Batch inputs: `tokens` int64 [B, S], `valid` float32 [B, S] (1 = not padding),
+    `positions` int64 [B, K] (flat index b * S + s of the token whose next token is scored), `targets` int64 [B, K],
+    `weights` float32 [B, K]. Then `dense.<name>` float32, and per MoE layer l with P slots:
+    `layers.l.router_rows` float32 [P, d], `layers.l.gate_up.packed` uint8 [P*2f, d/2], `layers.l.gate_up.scale`
+    float32 [P*2f, d/G], `layers.l.down.packed`, `layers.l.down.scale` alike. `evaluate` also takes
+    `layers.l.router_all` float32 [E, d] and the adapter tensors listed under `parameters` as inputs of the same names.
+
+    `parameters` (trained; in `train` they live in the program): `layers.l.{projection}.a` [P, in, R],
+    `layers.l.{projection}.b` [P, R, out] (transposes of lora_A and lora_B), `layers.l.router` [P, d].
+
+    `outputs` of `train`: `loss` (sum of weights * nll / sum of weights), then `layers.l.routed` float32 [P]
+    (routed valid tokens per slot). Of `evaluate`: `logits` float32 [B, K, V], then per layer `layers.l.mass` [E]
+    (sum over valid tokens of the full router's probability g), `layers.l.top` [E] (the same where the expert is in
+    the full top-k), `layers.l.g_log_g` [E], `layers.l.missed` [1] (sum of 1 - mass on resident experts),
+    `layers.l.output_norm` [P] (sum of routed weight * norm of the expert's output).
+    """
+
+    blob: Blob
+    method: str
+    inputs: tuple[TensorSpec, ...]
+    parameters: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    arena_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Predicted peak bytes over the process's size just before the program is opened, term by term."""
+
+    budget: int
+    arena: int
+    inputs: int
+    parameters: int  # LoRA and router rows: values, gradients
+    optimizer: int
+    outputs: int
+    runtime: int
+
+    @property
+    def predicted(self) -> int:
+        """Sum of the terms."""
+        return (
+            self.arena
+            + self.inputs
+            + self.parameters
+            + self.optimizer
+            + self.outputs
+            + self.runtime
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a device of one profile downloads."""
+
+    protocol: int
+    base: str
+    profile: str
+    shape: Shape
+    train: Program
+    evaluate: Program
+    dense: Blob
+    tokenizer: Blob
+    memory: MemoryPlan
+    experts: dict[str, tuple[int, ...]]  # layer -> global ids chosen at build time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftLayout:
+    """Where stock PEFT looks for our tensors; `{layer}` is filled in. Written by `export`, used by `server`."""
+
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    lora: dict[str, dict[str, str]]  # projection -> lora_A | lora_B -> key
+    router: str
+    base_model_class: str
+    parent_library: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIndex:
+    """A sliced base: what it is and where each expert lies."""
+
+    protocol: int
+    base: str  # content hash of everything below
+    model_type: str
+    config: dict[str, Any]
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    group: int
+    dense: Blob
+    tokenizer: Blob
+    experts: tuple[tuple[Blob, ...], ...]  # [layer position][expert]
+    routing_prior: tuple[
+        tuple[float, ...], ...
+    ]  # [layer position][expert], rows sum to 1; of the base's own text
+    peft: PeftLayout
+
+    def features(self, projection: str) -> tuple[int, int]:
+        """(output, input) features of a projection."""
+        if projection == "gate_up":
+            return 2 * self.intermediate, self.hidden
+        return self.hidden, self.intermediate
+
+
+def sha256_file(path: Path) -> str:
+    """Content hash of a file, read in pieces."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_MANIFEST:
+            raise ManifestError(f"{path}: {path.stat().st_size} bytes, at most {MAX_MANIFEST}")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"{path}: not JSON: {error}") from error
+
+
+def _check_version(protocol: int, path: str) -> None:
+    if protocol != PROTOCOL_VERSION:
+        raise ManifestError(f"{path}: protocol {protocol} found, {PROTOCOL_VERSION} wanted")
+
+
+def parse_manifest(data: Any, where: str) -> Manifest:
+    """Check and build a `Manifest` from parsed JSON; raises ManifestError."""
+    try:
+        manifest = schema.from_dict(Manifest, data, where)
+    except schema.SchemaError as error:
+        raise ManifestError(str(error)) from error
+    _check_version(manifest.protocol, where)
+    return manifest
+
+
+def parse_base(data: Any, where: str) -> BaseIndex:
+    """Check and build a `BaseIndex` from parsed JSON; raises ManifestError."""
+    try:
+        base = schema.from_dict(BaseIndex, data, where)
+    except schema.SchemaError as error:
+        raise ManifestError(str(error)) from error
+    _check_version(base.protocol, where)
+    if len(base.experts) != len(base.moe_layers) or any(
+        len(row) != base.num_experts for row in base.experts
+    ):
+        raise ManifestError(f"{where}: experts do not cover every layer")
+    return base
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read `manifest.json`; raises ManifestError with one line."""
+    return parse_manifest(_read(path), str(path))
+
+
+def read_base(path: Path) -> BaseIndex:
+    """Read `base.json`; raises ManifestError with one line."""
+    return parse_base(_read(path), str(path))
+
+
+def to_json(value: Manifest | BaseIndex) -> bytes:
+    """Canonical bytes: the same value gives the same file."""
+    return json.dumps(schema.to_dict(value), sort_keys=True, indent=1).encode() + b"\n"
