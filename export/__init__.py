@@ -1,0 +1,1 @@
+"""Checkpoint + profile -> artifact: cut, quantise, lower, plan."""
