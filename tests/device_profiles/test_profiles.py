@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import device_profiles
 import pytest
+
+import device_profiles
 from device_profiles import ProfileError, load, names
 
 WANTED = {
