@@ -52,7 +52,9 @@ def gather_backward(program: ExportedProgram) -> int:
     """
     graph = program.graph_module.graph
     # seat -> the scatter that inverts it
-    inverse = {_root(n.args[2]): n for n in graph.nodes if _is(n, "aten.scatter.src") and n.args[1] == 0}
+    inverse = {
+        _root(n.args[2]): n for n in graph.nodes if _is(n, "aten.scatter.src") and n.args[1] == 0
+    }
     replaced = 0
     for node in list(graph.nodes):
         if not (_is(node, "index_put") and len(node.args) == 4 and node.args[3]):
@@ -104,7 +106,9 @@ def keep_weights_untransposed(program: ExportedProgram) -> None:
             continue
         with graph.inserting_before(node):
             swapped = (
-                right.args[0] if _is_swap(right) else _call(graph, aten.permute.default, right, SWAP)
+                right.args[0]
+                if _is_swap(right)
+                else _call(graph, aten.permute.default, right, SWAP)
             )
             product = _call(graph, aten.bmm.default, swapped, left.args[0])
             node.replace_all_uses_with(_call(graph, aten.permute.default, product, SWAP))

@@ -38,7 +38,9 @@ class Projection(nn.Module):
         self.b = nn.Parameter(torch.zeros(slots, rank, out_features))
         self.register_buffer("rows", torch.arange(out_features), persistent=False)
 
-    def forward(self, x: Tensor, packed: Tensor, scale: Tensor, slot: Tensor, hot: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, packed: Tensor, scale: Tensor, slot: Tensor, hot: Tensor
+    ) -> Tensor:
         """[N, b, in] -> [N, b, out]; `slot` [N] is each block's slot and `hot` [N, P] the same as one-hot rows."""
         n = x.shape[0]
         rows = (slot.unsqueeze(1) * self.out_features + self.rows).reshape(-1)
@@ -95,7 +97,9 @@ class RoutedExperts(nn.Module):
         n = blocks_needed(assignments, self.slots, rows)
         chosen = (slot.reshape(-1, 1) == torch.arange(self.slots)).to(torch.float32)  # [kT, P]
         count = chosen.sum(0)
-        last = torch.cumsum(torch.floor((count + (rows - 1)) / rows), 0)  # block after a slot's last
+        last = torch.cumsum(
+            torch.floor((count + (rows - 1)) / rows), 0
+        )  # block after a slot's last
         first = last - torch.floor((count + (rows - 1)) / rows)
         queue = torch.cumsum(chosen, 0) - 1 + first * rows
         seat = (queue * chosen).sum(-1).to(torch.int64)  # [kT]
@@ -123,9 +127,7 @@ class RoutedExperts(nn.Module):
         self.observe(x, weight, slot, chosen, out)
         return (out * weight.unsqueeze(-1)).sum(1).view(hidden.shape)
 
-    def observe(
-        self, x: Tensor, weight: Tensor, slot: Tensor, chosen: Tensor, out: Tensor
-    ) -> None:
+    def observe(self, x: Tensor, weight: Tensor, slot: Tensor, chosen: Tensor, out: Tensor) -> None:
         """Leave in `wires.seen` what the statistics need; see `protocol.manifest.Program` for the definitions."""
         valid = self.wires.given["valid"].reshape(-1, 1)
         spread = valid.expand(-1, self.top_k).reshape(-1, 1)

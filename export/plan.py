@@ -1,0 +1,149 @@
+"""How many experts a device has room for: slots per layer under a memory budget (pure).
+
+Letters: L MoE layers, E experts, P slots of a layer, T = batch * sequence tokens, d hidden, f intermediate, R rank.
+
+The peak is taken over the process's size just before the program is opened. Inputs, parameters and optimizer state are
+counted exactly from the shape; the arena is estimated while slots are chosen and is exact once the program is lowered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, TensorSpec
+
+RUNTIME_BYTES = 6 << 20  # the runtime's own tables and the allocator's slack, measured
+
+
+class DoesNotFit(ValueError):
+    """Not even the smallest sub-MoE fits the budget."""
+
+
+def spec_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Bytes of a list of tensors."""
+    return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs)
+
+
+def memory(
+    train: Program, evaluate: Program, shape: Shape, vocabulary: int, budget: int
+) -> MemoryPlan:
+    """Predicted peak of the heavier of the two programs; only one is open at a time."""
+    trained = spec_bytes(train.parameters)
+    largest = max(spec_bytes([p]) for p in train.parameters)
+    while_training = MemoryPlan(
+        budget=budget,
+        arena=train.arena_bytes,
+        inputs=spec_bytes(train.inputs),
+        # values live in the program's file, which is held in memory; gradients are in the arena
+        parameters=train.blob.bytes + trained,
+        optimizer=2 * trained + 3 * largest,  # AdamW's two moments and its temporaries
+        outputs=64 << 10,
+        runtime=RUNTIME_BYTES,
+    )
+    answers = shape.batch * shape.answers * vocabulary * 4
+    while_evaluating = MemoryPlan(
+        budget=budget,
+        arena=evaluate.arena_bytes,
+        inputs=spec_bytes(evaluate.inputs),
+        parameters=evaluate.blob.bytes,
+        optimizer=0,
+        outputs=2 * answers,
+        runtime=RUNTIME_BYTES,
+    )
+    return max(while_training, while_evaluating, key=lambda plan: plan.predicted)
+
+
+def estimate(base: BaseIndex, shape: Shape) -> int:
+    """Peak bytes before anything is lowered. The arena's coefficients were fitted to lowered programs."""
+    tokens = shape.batch * shape.sequence
+    d, f = base.hidden, base.intermediate
+    per_slot = (
+        3 * d * f * 0.5 + 3 * d * f / shape.group * 4 + shape.rank * (2 * d + 3 * f + d) * 4 * 4
+    )
+    experts = sum(shape.slots) * per_slot
+    dense = base.dense.bytes * 2
+    blocks = [(base.top_k * tokens + p * 31) // 32 for p in shape.slots]
+    rows = 32 * max(blocks)
+    saved = (
+        len(shape.slots)
+        * (rows * (2 * d + 6 * f) + tokens * 10 * d + 3 * tokens * shape.sequence * 4)
+        * 4
+    )
+    transient = max(blocks) * 2 * f * d * 4 * 1.3
+    return int(experts + dense + saved + transient + RUNTIME_BYTES + (2 << 20))
+
+
+def slots_for(threshold: float, prior: NDArray[np.float64], least: int) -> tuple[int, ...]:
+    """Per layer the fewest experts whose routing mass reaches `threshold` (FedMoE's theta, method.md 3.3).
+
+    >>> slots_for(0.7, np.array([[0.6, 0.2, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]), 1)
+    (2, 3)
+    """
+    ordered = np.cumsum(-np.sort(-prior, axis=1), axis=1)
+    need = (ordered < threshold - 1e-9).sum(1) + 1
+    return tuple(int(n) for n in np.clip(need, least, prior.shape[1]))
+
+
+def choose_slots(
+    prior: NDArray[np.float64], least: int, fits: Callable[[tuple[int, ...]], bool]
+) -> tuple[int, ...]:
+    """The slots of the highest threshold that fits, then one more wherever the most mass is gained.
+
+    Parameters
+    ----------
+    prior : [L, E], rows sum to 1
+    least : int
+        Fewest slots of a layer (the router's top-k).
+    fits : callable
+        Whether a vector of slots is within the budget; must be monotone.
+
+    Raises
+    ------
+    DoesNotFit
+    """
+    smallest = (least,) * len(prior)
+    if not fits(smallest):
+        raise DoesNotFit(f"{least} experts in each of {len(prior)} layers do not fit")
+    low, high = 0.0, 1.0
+    best = smallest
+    for _ in range(20):
+        middle = (low + high) / 2
+        slots = slots_for(middle, prior, least)
+        if fits(slots):
+            best, low = slots, middle
+        else:
+            high = middle
+    if fits(top := slots_for(1.0, prior, least)):
+        best = top
+    ordered = -np.sort(-prior, axis=1)
+    while True:
+        gains = sorted(
+            ((ordered[i, n], i) for i, n in enumerate(best) if n < prior.shape[1]), reverse=True
+        )
+        for _, i in gains:
+            more = tuple(n + (j == i) for j, n in enumerate(best))
+            if fits(more):
+                best = more
+                break
+        else:
+            return best
+
+
+def fewer(slots: tuple[int, ...], least: int) -> tuple[int, ...] | None:
+    """One slot less in the largest layers; None when every layer is at its least."""
+    top = max(slots)
+    if top <= least:
+        return None
+    return tuple(n - 1 if n == top else n for n in slots)
+
+
+def choose_experts(mass: NDArray[np.float64], slots: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The experts with the most routing mass, as many per layer as there are slots; ascending ids."""
+    return [
+        tuple(sorted(int(e) for e in np.argsort(-row, kind="stable")[:n]))
+        for row, n in zip(mass, slots, strict=True)
+    ]

@@ -1,0 +1,93 @@
+"""One training and one evaluation program per shape, lowered once and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from export.blob_store import BlobStore, write_atomically
+from export.families.family import Family
+from export.to_executorch import lower
+from export.train_graph import BLOCK_ROWS, CAPTURE, SubModel
+from protocol import PROTOCOL_VERSION, schema
+from protocol.manifest import BaseIndex, Program, Shape, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """Both programs of a shape."""
+
+    train: Program
+    evaluate: Program
+
+
+def shape_key(base: BaseIndex, shape: Shape) -> str:
+    """What decides a program's bytes: the model's configuration, the shape, the tools; not the weights."""
+    facts = {
+        "protocol": PROTOCOL_VERSION,
+        "config": base.config,
+        "group": base.group,
+        "shape": schema.to_dict(shape),
+        "block_rows": BLOCK_ROWS,
+        "tools": {name: version(name) for name in ("torch", "executorch", "transformers")},
+        "graph": _source_hash(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _source_hash() -> str:
+    """Changes whenever the code that draws the graph does."""
+    folder = Path(__file__).parent
+    files = ("routed_experts.py", "train_graph.py", "graph_passes.py", "to_executorch.py")
+    return hashlib.sha256(b"".join((folder / f).read_bytes() for f in files)).hexdigest()
+
+
+def _distinct_values(model: SubModel) -> None:
+    """Give every parameter its own values: ExecuTorch stores equal tensors once, and then one write changes both."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+
+
+def lower_programs(
+    base: BaseIndex, family: Family, shape: Shape, store: BlobStore, advance: Callable[[str], None]
+) -> Programs:
+    """Capture, lower and store both programs, or find them in the store.
+
+    Parameters
+    ----------
+    advance : callable
+        Told of each finished program.
+    """
+    index = store.folder.parent / "programs" / f"{shape_key(base, shape)}.json"
+    if index.is_file():
+        known = schema.from_dict(Programs, json.loads(index.read_bytes()), str(index))
+        if all((store.folder / p.blob.sha256).is_file() for p in (known.train, known.evaluate)):
+            advance("train: already there")
+            advance("evaluate: already there")
+            return known
+    made = {}
+    for kind in ("train", "evaluate"):
+        model = SubModel(base, family, shape, evaluate=kind == "evaluate")
+        _distinct_values(model)
+        lowered = lower(CAPTURE[kind](model))
+        made[kind] = Program(
+            blob=store.put(lowered.program),
+            method="forward",
+            inputs=tuple(model.specs),
+            parameters=tuple(
+                TensorSpec(name=n, shape=s, dtype="float32") for n, s in model.trained.items()
+            ),
+            outputs=model.output_names(),
+            arena_bytes=lowered.arena_bytes,
+        )
+        advance(f"{kind}: {len(lowered.program) / 1e6:.1f} MB")
+    programs = Programs(**made)
+    write_atomically(index, json.dumps(schema.to_dict(programs)).encode())
+    return programs
