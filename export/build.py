@@ -30,7 +30,6 @@ from export import families, plan
 from export.blob_store import BlobStore, write_atomically
 from export.checkpoint import Checkpoint, CheckpointError, locate
 from export.families import FamilyError
-from export.families.family import Family
 from export.programs import lower_programs
 from export.slice_base import slice_base
 from protocol import PROTOCOL_VERSION, manifest

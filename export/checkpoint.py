@@ -57,7 +57,7 @@ class Checkpoint:
             if Path(file).name != file:
                 raise CheckpointError(f"{index}: shard {file!r} is not a plain file name")
             shard = self._open(path / file)
-            self._where |= {name: shard for name in shard.keys()}  # noqa: SIM118  not a dict
+            self._where |= {name: shard for name in shard.keys()}
 
     @staticmethod
     def _open(file: Path) -> Any:

@@ -76,6 +76,8 @@ class Program:
     `parameters` (trained; in `train` they live in the program): `layers.l.{projection}.a` [P, in, R],
     `layers.l.{projection}.b` [P, R, out] (transposes of lora_A and lora_B), `layers.l.router` [P, d].
 
+    A program opened by path is mapped read-only, parameters and all: open `train` from bytes, and keep the bytes alive.
+
     `outputs` of `train`: `loss` (sum of weights * nll / sum of weights), then `layers.l.routed` float32 [P]
     (routed valid tokens per slot). Of `evaluate`: `logits` float32 [B, K, V], then per layer `layers.l.mass` [E]
     (sum over valid tokens of the full router's probability g), `layers.l.top` [E] (the same where the expert is in

@@ -1,0 +1,205 @@
+"""Check that stock PEFT reads an exported adapter as the server means it.
+
+    python -m export.verify_adapter BASE ADAPTER
+
+Loads BASE with transformers and ADAPTER with `PeftModel.from_pretrained`, and compares with a second model into whose
+weights the server's own tensors (`adapter.safetensors`, global names) were added by hand: logits over random text, and
+the change of every single expert, so that a dropped tensor cannot hide behind a router that never picks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from transformers import AutoModelForCausalLM
+
+from export import families
+from export.checkpoint import Checkpoint, CheckpointError, locate
+from export.families import FamilyError
+from export.families.family import Family
+from protocol import lora, names
+from protocol.tensors import TensorError, decode
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-4  # largest difference of a logit; the two sums differ in rounding only
+ROWS, TOKENS = 4, 64
+
+
+class VerifyError(ValueError):
+    """The adapter is not read as it was meant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was compared. Differences are the largest absolute ones."""
+
+    tensors: int
+    experts_changed: int
+    logit_difference: float
+    weight_difference: float
+    logit_change: float  # how far the adapter moves the base's logits
+
+
+def _load(path: Path) -> Any:
+    """The base in float32 with the plain loop over experts, the slow and simple implementation."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def _experts(model: Any, family: Family, layer: int) -> Any:
+    return model.get_submodule(f"{family.block.format(layer=layer)}.experts")
+
+
+def read_adapter(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The server's own tensors.
+
+    Raises
+    ------
+    VerifyError
+        The file is missing or holds a name that is none of ours.
+    """
+    path = folder / "adapter.safetensors"
+    try:
+        tensors = decode(path.read_bytes())
+    except FileNotFoundError as error:
+        raise VerifyError(
+            f"{path}: no such file; an adapter written by the server is wanted"
+        ) from error
+    except TensorError as error:
+        raise VerifyError(f"{path}: {error}") from error
+    for name in tensors:
+        if names.parse(name) is None:
+            raise VerifyError(f"{path}: '{name}' is no adapter tensor")
+    return tensors
+
+
+def changes(
+    adapter: dict[str, np.ndarray[Any, Any]],
+) -> dict[tuple[int, int, str], np.ndarray[Any, Any]]:
+    """(layer, expert, projection or "router") -> the change to the weight."""
+    found = {}
+    for name, value in adapter.items():
+        key = names.parse(name)
+        assert key is not None
+        if key.factor is None:
+            found[key.layer, key.expert, "router"] = value
+        elif key.factor == "lora_A":
+            b = adapter[name.removesuffix("lora_A") + "lora_B"]
+            found[key.layer, key.expert, str(key.projection)] = lora.delta(value, b)
+    return found
+
+
+@torch.no_grad()
+def add(model: Any, family: Family, delta: dict[tuple[int, int, str], Any]) -> None:
+    """Add every change to the model's own weights."""
+    for (layer, expert, what), change in delta.items():
+        if what == "router":
+            weight = model.get_parameter(family.router.format(layer=layer))
+        else:
+            weight = getattr(_experts(model, family, layer), f"{what}_proj")
+        weight[expert] += torch.from_numpy(np.asarray(change, dtype=np.float32))
+
+
+@torch.no_grad()
+def verify(base: Path, adapter: Path) -> Verdict:
+    """Compare stock PEFT with the server's model; raises VerifyError when they differ."""
+    family = families.of(Checkpoint(base).config, str(base))
+    tensors = read_adapter(adapter)
+    delta = changes(tensors)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(_load(base), adapter).eval()
+    dropped = [str(w.message) for w in said if "key" in str(w.message)]
+    if dropped:
+        raise VerifyError(f"{adapter}: PEFT did not take everything: {dropped[0].splitlines()[0]}")
+
+    worst = 0.0
+    covered = 0
+    for module_name, module in peft.named_modules():
+        if not isinstance(module, ParamWrapper):
+            continue
+        layer = int(module_name.split("layers.")[1].split(".")[0])
+        projection = module.parameter_name.removesuffix("_proj")
+        seen = module.get_delta_weight("default").numpy()
+        for expert in range(seen.shape[0]):
+            wanted = delta.get((layer, expert, projection))
+            covered += wanted is not None
+            difference = seen[expert] if wanted is None else seen[expert] - wanted
+            worst = max(worst, float(np.abs(difference).max()))
+    wanted_keys = sum(what != "router" for _, _, what in delta)
+    if covered != wanted_keys:
+        raise VerifyError(f"{adapter}: PEFT holds {covered} of {wanted_keys} expert changes")
+
+    ids = torch.randint(
+        0, peft.config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    through_peft = peft(input_ids=ids).logits
+    ours = _load(base)
+    plain = ours(input_ids=ids).logits
+    add(ours, family, delta)
+    meant = ours(input_ids=ids).logits
+    verdict = Verdict(
+        tensors=len(tensors),
+        experts_changed=len(
+            {(layer, e) for (layer, e, what), v in delta.items() if what != "router" and v.any()}
+        ),
+        logit_difference=float((through_peft - meant).abs().max()),
+        weight_difference=worst,
+        logit_change=float((meant - plain).abs().max()),
+    )
+    scale = max(1.0, float(meant.abs().max()) / 10)
+    if not verdict.logit_difference <= TOLERANCE * scale or worst > 1e-5:
+        raise VerifyError(
+            f"{adapter}: stock PEFT differs from the server's model by {verdict.logit_difference:.2e} "
+            f"in a logit and {worst:.2e} in a weight"
+        )
+    return verdict
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export.verify_adapter",
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m export.verify_adapter reference_base/model state/adapters/5",
+    )
+    parser.add_argument("base", help="checkpoint directory or hub id")
+    parser.add_argument("adapter", type=Path, help="adapter directory written by the server")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        if not args.adapter.is_dir():
+            raise VerifyError(f"{args.adapter}: no such directory")
+        verdict = verify(locate(args.base), args.adapter)
+    except (CheckpointError, FamilyError, VerifyError) as error:
+        print(f"export.verify_adapter: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        # stock PEFT refused the files
+        print(
+            f"export.verify_adapter: {args.adapter}: {str(error).splitlines()[0]}", file=sys.stderr
+        )
+        return 2
+    print(
+        f"ok: {verdict.tensors} tensors, {verdict.experts_changed} experts changed; stock PEFT equals the "
+        f"server's model to {verdict.logit_difference:.1e} per logit (the adapter moves logits by up to "
+        f"{verdict.logit_change:.2f})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
