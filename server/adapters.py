@@ -1,0 +1,113 @@
+"""Versions of the global adapter on disk: STATE/adapters/<version>/adapter.safetensors, memory-mapped when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol import lora, names, tensors
+from protocol.manifest import BaseIndex, Blob
+
+_DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "U8": np.uint8,
+    "I64": np.int64,
+    "F64": np.float64,
+}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is whole or absent, and survives a crash once this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Open one of our own safetensors files without reading it: arrays are views of a read-only memory map."""
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    size = int.from_bytes(raw[:8].tobytes(), "little")
+    header = json.loads(raw[8 : 8 + size].tobytes())
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+        piece = raw[start:end].view(np.dtype(_DTYPES[entry["dtype"]]))
+        arrays[name] = np.asarray(piece).reshape(entry["shape"])
+    return arrays
+
+
+def fresh(base: BaseIndex, rank: int) -> dict[str, NDArray[np.float32]]:
+    """Version 0: A as every device would draw it, B and the changes of router rows zero."""
+    adapter: dict[str, NDArray[np.float32]] = {}
+    for layer in base.moe_layers:
+        for expert in range(base.num_experts):
+            for projection in names.PROJECTIONS:
+                out, into = base.features(projection)
+                key = names.lora(layer, expert, projection, "lora_A")
+                adapter[key] = lora.fresh_a(key, rank, into)
+                key = names.lora(layer, expert, projection, "lora_B")
+                adapter[key] = np.zeros((out, rank), np.float32)
+            adapter[names.router_row(layer, expert)] = np.zeros(base.hidden, np.float32)
+    return adapter
+
+
+def write_version(
+    folder: Path, version: int, adapter: Mapping[str, NDArray[np.float32]], extra: dict[str, bytes]
+) -> Path:
+    """Write `folder/<version>/` as a whole; `extra` are further files of it (the PEFT form).
+
+    A version that is there already is replaced: it is the remains of a round that was not committed.
+    """
+    final, partial = folder / str(version), folder / f"{version}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, data in {"adapter.safetensors": tensors.encode(adapter), **extra}.items():
+        write_atomically(partial / name, data)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    return final
+
+
+def read_version(folder: Path, version: int) -> dict[str, NDArray[np.float32]]:
+    """Memory-mapped adapter of a version."""
+    return map_tensors(folder / str(version) / "adapter.safetensors")
+
+
+def slice_for(
+    adapter: Mapping[str, NDArray[np.float32]], resident: Mapping[str, tuple[int, ...]]
+) -> bytes:
+    """Safetensors bytes with the factors and router rows of the resident experts."""
+    part: dict[str, NDArray[np.float32]] = {}
+    for layer, experts in resident.items():
+        for expert in experts:
+            for projection in names.PROJECTIONS:
+                for factor in names.FACTORS:
+                    key = names.lora(int(layer), expert, projection, factor)
+                    part[key] = adapter[key]
+            key = names.router_row(int(layer), expert)
+            part[key] = adapter[key]
+    return tensors.encode(part)
+
+
+def write_blob(folder: Path, data: bytes) -> Blob:
+    """Store bytes under their hash."""
+    blob = Blob(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    path = folder / blob.sha256
+    if not path.exists():
+        write_atomically(path, data)
+    return blob

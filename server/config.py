@@ -1,0 +1,165 @@
+"""The server's command line as one frozen value. Defaults live in `Config` and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from protocol import schema
+from protocol.messages import Task
+from server.broker import KINDS
+
+_EXAMPLE = """example:
+  python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
+  (task.json: {"template": "Text: {text}\\nTopic:", "labels": ["sports", "music"]})"""
+RULES = ("svd", "factors")
+
+
+class ConfigError(ValueError):
+    """A flag or task file that cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one server is asked to do. Times in seconds, sizes in bytes."""
+
+    store: Path
+    state: Path
+    host: str = "127.0.0.1"
+    port: int = 8470
+    broker: str = "auto"
+    fleet: str = "home"
+    task: Task = Task()
+    base_name: str = ""
+    rounds: int = 5
+    steps: int = 20
+    learning_rate: float = 3e-3
+    router_learning_rate: float = 3e-4
+    min_updates: int = 1
+    min_devices: int = 1
+    deadline: float = 600.0
+    per_round: int = 0
+    aggregate: str = "svd"
+    prior: float = 0.05
+    seed: int = 0
+    beta: float = 0.1
+    exploration: float = 0.1
+    coverage: float = 0.5
+    upload_budget: int = 64 << 20
+    require_token: bool = False
+    exit_when_done: bool = False
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = {f.name: f.default for f in fields(Config)}
+    p = argparse.ArgumentParser(
+        prog="python -m server",
+        description="Choose experts for devices, lease them work, aggregate their updates.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def flag(name: str, text: str, **more: Any) -> None:
+        value = default[name]
+        if isinstance(value, bool):
+            more["action"] = "store_true"
+        else:
+            more.setdefault("type", type(value))
+            more.setdefault("metavar", type(value).__name__.upper())
+            if value != "":
+                text += f" (default: {value})"
+        p.add_argument(f"--{name.replace('_', '-')}", help=text, default=value, **more)
+
+    p.add_argument("--store", type=Path, required=True, help="what export.build wrote")
+    p.add_argument("--state", type=Path, required=True, help="adapters, history, database")
+    flag("host", "address to listen on")
+    flag("port", "HTTP port, 0 for a free one")
+    known = "|".join(["auto", *KINDS])
+    flag("broker", f"{known}|mqtt[s]://[user:password@]host:port", metavar="BROKER")
+    flag("fleet", "name of the fleet, part of every topic")
+    p.add_argument(
+        "--task", type=Path, metavar="FILE.json", help="what is taught: template, labels"
+    )
+    flag("base_name", "what the adapter's card calls its base", metavar="DIR_OR_HUB_ID")
+    flag("rounds", "training rounds")
+    flag("steps", "optimiser steps per lease")
+    flag("learning_rate", "of the LoRA factors")
+    flag("router_learning_rate", "of the router rows")
+    flag("min_updates", "updates a round needs to close at its deadline")
+    flag("min_devices", "devices to wait for before the first round")
+    flag("deadline", "seconds a round may take", metavar="SECONDS")
+    flag("per_round", "devices drawn per training round, 0 for all", metavar="N")
+    flag("aggregate", "how LoRA factors are combined", choices=RULES, metavar=None)
+    flag("prior", "prior mass of the old value, share of the median mass")
+    flag("seed", "of device sampling and of the leases")
+    flag("beta", "weight of redundancy against relevance")
+    flag("exploration", "bonus for experts that were rarely trained")
+    flag("coverage", "share of slots for the experts with the fewest holders")
+    flag("upload_budget", "bytes of uploads under way at a time")
+    flag("require_token", "serve blobs only to registered devices")
+    flag("exit_when_done", "end when the run is over")
+    return p
+
+
+def read_task(path: Path) -> Task:
+    """Read a task file; raises ConfigError."""
+    try:
+        task = schema.from_dict(Task, json.loads(path.read_bytes()), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except schema.SchemaError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if task.template.count("{text}") != 1:
+        raise ConfigError(f"{path}: template wants {{text}} exactly once")
+    return task
+
+
+def check(config: Config) -> Config:
+    """Refuse values out of range; raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.fleet):
+        raise ConfigError(f"--fleet '{config.fleet}': letters, digits, - and _ wanted")
+    ranges: dict[str, tuple[float, float]] = {
+        "port": (0, 65535),
+        "rounds": (0, 100000),
+        "steps": (1, 10**7),
+        "learning_rate": (0, 10),
+        "router_learning_rate": (0, 10),
+        "min_updates": (1, 10**6),
+        "min_devices": (1, 10**6),
+        "deadline": (0.1, 10**7),
+        "per_round": (0, 10**6),
+        "prior": (0, 100),
+        "seed": (0, 2**62),
+        "beta": (0, 100),
+        "exploration": (0, 100),
+        "coverage": (0, 1),
+        "upload_budget": (1, 2**40),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {value} found, {low} to {high} wanted")
+    return config
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """Command line -> Config.
+
+    Raises
+    ------
+    ConfigError
+        Unreadable task, value out of range.
+    SystemExit
+        From argparse: unknown flags, --help.
+    """
+    values = vars(_parser().parse_args(argv))
+    task = values.pop("task")
+    return check(Config(**values, **({} if task is None else {"task": read_task(task)})))

@@ -1,0 +1,159 @@
+"""What people and reports read: the line per closed round and the status of the run. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from protocol import schema
+from protocol.manifest import BaseIndex
+from server.aggregate import Aggregated
+from server.rounds import State, work_of
+from server.store import Device, LeaseRow
+
+
+def coverage(leases: Mapping[str, LeaseRow], base: BaseIndex) -> list[list[int]]:
+    """Holders per expert, [L][E]."""
+    counts = [[0] * base.num_experts for _ in base.moe_layers]
+    for row in leases.values():
+        for position, layer in enumerate(base.moe_layers):
+            for expert in row.lease.resident.get(str(layer), ()):
+                counts[position][expert] += 1
+    return counts
+
+
+def history_line(
+    *,
+    round: int,
+    work: str,
+    version: int,
+    seconds: float,
+    closed_by: str,
+    leases: Mapping[str, LeaseRow],
+    devices: Mapping[str, Device],
+    rejected: Sequence[Mapping[str, str]],
+    aggregated: Aggregated | None,
+    base: BaseIndex,
+) -> dict[str, Any]:
+    """One line of history.jsonl; `version` is the adapter's version after the round."""
+    done = {
+        device: {
+            "profile": devices[device].profile,
+            "resident": row.lease.resident,
+            "trained": row.lease.trained,
+            "lease": row.lease.lease,
+            "attempt": row.lease.attempt,
+            "bytes_up": row.bytes,
+            "weight": row.weight,
+            **schema.to_dict(row.facts),
+        }
+        for device, row in leases.items()
+        if row.state == "accepted"
+    }
+    tail = {"mean": 0.0, "max": 0.0}
+    if aggregated is not None:
+        tail = {"mean": aggregated.tail_mean, "max": aggregated.tail_max}
+    return {
+        "round": round,
+        "work": work,
+        "version": version,
+        "seconds": round_to(seconds),
+        "closed_by": closed_by,
+        "coverage": coverage(leases, base),
+        "prior_mass": 0.0 if aggregated is None else aggregated.prior_mass,
+        "devices": done,
+        "missing": [d for d, row in leases.items() if row.state == "open"],
+        "rejected": list(rejected),
+        "tail_energy": tail,
+    }
+
+
+def round_to(seconds: float) -> float:
+    """Milliseconds are enough."""
+    return float(f"{seconds:.3f}")
+
+
+def _measured(before: float, after: float) -> float | None:
+    value = after if after >= 0 else before
+    return value if value >= 0 else None
+
+
+def _device_state(device: str, state: State, uploading: bool) -> str:
+    if device not in state.online:
+        return "offline"
+    if state.phase == "over":
+        return "over"
+    if uploading:
+        return "uploading"
+    if device in state.pending and state.phase == "open":
+        return "working"
+    if device in state.leased:
+        return "delivered" if device in state.accepted else "rejected"
+    return "idle" if device in state.idle else "online"
+
+
+def run_status(
+    *,
+    run: str,
+    version: int,
+    state: State,
+    devices: Mapping[str, Device],
+    slots: Mapping[str, Sequence[int]],
+    leases: Mapping[str, LeaseRow],
+    accepted: Sequence[LeaseRow],
+    uploading: frozenset[str],
+    rejected: Sequence[Mapping[str, str]],
+) -> dict[str, Any]:
+    """GET /v1/run.
+
+    Parameters
+    ----------
+    leases : the current round's
+    accepted : of all rounds, oldest first
+    """
+    work = work_of(state.round, state.plan.rounds)
+    named = {"profile": "profiling", "train": "training", "evaluate": "evaluating"}
+    phase = "over" if state.phase == "over" else named[work]
+    if state.phase == "waiting" and state.round == 0:
+        phase = "waiting"
+    views: dict[str, dict[str, Any]] = {}
+    for name, device in devices.items():
+        rows = [r for r in accepted if r.device == name]
+        facts = [r.facts for r in rows if r.facts is not None]
+        last = facts[-1] if facts else None
+        current = leases.get(name)
+        latest = current or (rows[-1] if rows else None)
+        first = facts[0] if facts else None
+        views[name] = {
+            "profile": device.profile,
+            "online": name in state.online,
+            "state": _device_state(name, state, name in uploading),
+            "lease": current.lease.lease if current and current.state == "open" else None,
+            "work": current.lease.work if current else None,
+            "last_seen": device.last_seen,
+            "slots": list(slots.get(name, ())),
+            "resident": latest.lease.resident if latest else {},
+            "trained": latest.lease.trained if latest else {},
+            "budget_bytes": last.budget_bytes if last else None,
+            "peak_bytes": max(f.peak_bytes for f in facts) if facts else None,
+            "baseline_bytes": last.baseline_bytes if last else None,
+            "bytes_up": sum(r.bytes for r in rows),
+            "bytes_down": sum(f.bytes_down for f in facts),
+            "accuracy_first": (
+                _measured(first.accuracy_after, first.accuracy_before) if first else None
+            ),
+            "accuracy_last": _measured(last.accuracy_before, last.accuracy_after) if last else None,
+            "loss_last": last.loss_last if last else None,
+            "rows": device.rows,
+        }
+    measured = [v["accuracy_last"] for v in views.values() if v["accuracy_last"] is not None]
+    return {
+        "run": run,
+        "state": phase,
+        "round": min(state.round, state.plan.rounds + 1),
+        "rounds": state.plan.rounds,
+        "version": version,
+        "devices": views,
+        "rejected": list(rejected),
+        "mean_accuracy": sum(measured) / len(measured) if measured else None,
+    }

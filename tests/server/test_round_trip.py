@@ -1,0 +1,55 @@
+"""Whole runs: the real server process, a real broker, devices that speak the real protocol."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+
+def run_all(devices):
+    """Each device in its own thread until the run is over."""
+    results, failures = {}, []
+
+    def live(device):
+        try:
+            results[device.device] = device.work_until_over()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=live, args=(d,)) for d in devices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    return results
+
+
+@pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
+def test_a_run_ends_with_an_adapter(serve, fleet, broker):
+    server = serve("--broker", broker, "--rounds", "2", "--min-devices", "3")
+    devices = [
+        fleet(server.device("a")), fleet(server.device("b")), fleet(server.device("c", "large")),
+    ]  # fmt: skip
+    leases = run_all(devices)
+    works = ["profile", "train", "train", "evaluate"]
+    assert [[x.work for x in v] for v in leases.values()] == [works] * 3
+    status = json.loads(devices[0].get("/v1/run"))
+    assert (status["state"], status["version"], status["mean_accuracy"]) == ("over", 2, 0.5)
+    assert status["devices"]["c"]["slots"] == [3, 4]
+    history = [json.loads(line) for line in (server.state / "history.jsonl").read_text().splitlines()]
+    assert [(h["round"], h["work"], h["version"], h["closed_by"]) for h in history] == [
+        (0, "profile", 0, "all"), (1, "train", 1, "all"), (2, "train", 2, "all"), (3, "evaluate", 2, "all"),
+    ]  # fmt: skip
+    assert all(len(h["devices"]) == 3 and not h["missing"] for h in history)
+    assert np.sum(history[1]["coverage"]) == 2 + 2 + 2 + 2 + 3 + 4
+    first = load_file(server.state / "adapters" / "0" / "adapter.safetensors")
+    last = load_file(server.state / "adapters" / "2" / "adapter.safetensors")
+    assert first.keys() == last.keys()
+    assert all(np.isfinite(v).all() for v in last.values())
+    assert any((first[k] != last[k]).any() for k in first)
+    assert (server.state / "adapters" / "2" / "adapter_config.json").exists()
+    server.stop()
+    assert server.process.returncode == 0
