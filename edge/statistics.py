@@ -1,0 +1,87 @@
+"""Sums over batches: routing statistics per expert, loss, accuracy. Pure.
+
+Letters: L MoE layers, E experts, P slots, B batch rows, K answer positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.session import Batch, FloatArrays, LayerStats, Resident
+from protocol import update
+
+
+class RoutingSums:
+    """Adds up `LayerStats` and routed tokens into the [L, E] arrays of an update."""
+
+    def __init__(self, moe_layers: Sequence[int], experts: int, resident: Resident) -> None:
+        self._row = {layer: i for i, layer in enumerate(moe_layers)}
+        self._resident = resident
+        # float64: sums of a long evaluation are compared between devices.
+        self._sums = {name: np.zeros((len(moe_layers), experts)) for name in update.STATS}
+        self._missed = np.zeros(len(moe_layers))
+        self.tokens = 0
+
+    def add(self, batch: Batch, stats: Mapping[int, LayerStats]) -> None:
+        """Add an evaluated batch."""
+        self.tokens += int(batch.valid.sum())
+        for layer, found in stats.items():
+            row = self._row[layer]
+            self._sums["mass"][row] += found.mass
+            self._sums["top"][row] += found.top
+            self._sums["g_log_g"][row] += found.g_log_g
+            self._sums["output_norm"][row, list(self._resident[layer])] += found.output_norm
+            self._missed[row] += found.missed
+
+    def add_routed(
+        self, routed: Mapping[int, NDArray[np.float32]], frozen: Mapping[int, Sequence[int]]
+    ) -> None:
+        """Add the routed tokens of a training step; those of frozen slots gave no gradient and do not count."""
+        for layer, counts in routed.items():
+            gave = counts.astype(np.float64)
+            gave[list(frozen[layer])] = 0
+            self._sums["trained_tokens"][self._row[layer], list(self._resident[layer])] += gave
+
+    def arrays(self) -> FloatArrays:
+        """float32 [L, E] each, named as in `protocol.update.STATS`."""
+        return {name: value.astype(np.float32) for name, value in self._sums.items()}
+
+    def missed_mass(self) -> tuple[float, ...]:
+        """Mean per token and layer of the full router's mass on experts that are not here, in [0, 1]."""
+        share = self._missed / max(1, self.tokens)
+        return tuple(float(x) for x in np.clip(share, 0, 1))
+
+
+class Score:
+    """Loss per answer token, and accuracy over rows with labels."""
+
+    def __init__(self) -> None:
+        self._nll, self._weight, self._right, self._rows = 0.0, 0.0, 0, 0
+
+    def add(
+        self, logits: NDArray[np.float32], batch: Batch, first: NDArray[np.int64] | None
+    ) -> None:
+        """Add logits [B, K, V]; `first` [labels] are the first answer tokens, None without labels."""
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_sum = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
+        picked = np.take_along_axis(shifted, batch.targets[..., None], -1)[..., 0]
+        self._nll += float(((log_sum - picked) * batch.weights).sum())
+        self._weight += float(batch.weights.sum())
+        if first is not None:
+            there = batch.labels >= 0
+            guess = logits[:, 0, :][:, first].argmax(-1)
+            self._right += int((guess == batch.labels)[there].sum())
+            self._rows += int(there.sum())
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood per answer token, nats; 0 when nothing was measured."""
+        return self._nll / self._weight if self._weight else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows whose best label is the right one; -1 when nothing was measured."""
+        return self._right / self._rows if self._rows else -1.0
