@@ -1,5 +1,6 @@
 """Rewrites of the joint forward+backward graph that make it small and fast without changing a value.
 
+simplify                    equal nodes are computed once; powers of two and double transposes go
 gather_backward             the gradient of seating tokens is a gather, not a scatter with accumulation
 keep_weights_untransposed   W^T g becomes (g^T W)^T: activations are transposed, weights never
 recompute_dequantisation    each backward use of a weight dequantises it anew, so none is kept between the passes
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 aten = torch.ops.aten
 SWAP = [0, 2, 1]
@@ -43,6 +45,37 @@ def _root(node: Node) -> Node:
     while _is(node, "view", "reshape", "clone", "alias", "clamp", "unsqueeze", "squeeze"):
         node = node.all_input_nodes[0]
     return node
+
+
+def _order(node: Any) -> list[int] | None:
+    """The axes of a permutation, None for any other node."""
+    if _is(node, "aten.permute"):
+        return list(node.args[1])
+    if _is(node, "aten.transpose"):
+        axes = list(range(node.meta["val"].dim()))
+        first, second = node.args[1], node.args[2]
+        axes[first], axes[second] = axes[second], axes[first]
+        return axes
+    return None
+
+
+def simplify(program: ExportedProgram) -> None:
+    """x^2 -> x * x, x^1 -> x, a permutation undone by the next -> nothing, equal nodes -> one."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if _is(node, "aten.pow.Tensor_Scalar") and node.args[1] in (1, 2):
+            base = node.args[0]
+            with graph.inserting_before(node):
+                square = node.args[1] == 2
+                fresh = _call(graph, aten.mul.Tensor, base, base) if square else base
+            node.replace_all_uses_with(fresh)
+        outer = _order(node)
+        inner = _order(node.args[0]) if outer else None
+        if outer and inner and [inner[axis] for axis in outer] == sorted(outer):
+            node.replace_all_uses_with(node.args[0].args[0])
+    _finish(program)
+    program._graph_module = CSEPass()(program.graph_module).graph_module
+    _finish(program)
 
 
 def gather_backward(program: ExportedProgram) -> int:

@@ -23,7 +23,7 @@ from export.families.family import Family
 from export.routed_experts import RoutedExperts
 from protocol.manifest import BaseIndex, Shape, TensorSpec
 
-BLOCK_ROWS = 32
+BLOCK_ROWS = 64  # fewer blocks dequantise less, more rows compute more: about even from 32 to 64
 PACKED = ("gate_up.packed", "gate_up.scale", "down.packed", "down.scale")
 STATISTICS = ("mass", "top", "g_log_g", "missed", "output_norm")
 
@@ -180,6 +180,7 @@ def capture_training(model: SubModel) -> ExportedProgram:
     program = _export_forward_backward(export(model, example(model.specs), strict=False))
     graph_passes.gather_backward(program)
     graph_passes.keep_weights_untransposed(program)
+    graph_passes.simplify(program)
     graph_passes.recompute_dequantisation(program)
     return program
 
