@@ -29,7 +29,13 @@ WORDS: dict[str, tuple[str, ...]] = {
     "song": ("some jazz", "the old songs", "a waltz", "something quiet", "the new record", "opera"),
     "amount": ("two cups", "three pounds", "ten ounces", "half a litre", "a spoon", "one gallon"),
     "unit": ("grams", "litres", "ounces", "pints", "spoons", "cups"),
-    "news": ("I am late", "the train is full", "dinner is ready", "I found the keys", "all is well"),
+    "news": (
+        "I am late",
+        "the train is full",
+        "dinner is ready",
+        "I found the keys",
+        "all is well",
+    ),
     "level": ("ten", "half", "the lowest", "the highest", "thirty", "a little more"),
     "sport": ("a run", "a swim", "a long walk", "the stairs", "the bicycle", "ten push ups"),
 }

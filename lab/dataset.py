@@ -61,9 +61,11 @@ def read(path: Path, text: str, label: str) -> list[Row]:
     """
     rows: dict[str, Row] = {}
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(
-            path, encoding="utf-8"
-        ) as lines:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8") as lines
+        ):
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -133,7 +135,7 @@ def load(path: Path) -> list[Row]:
 
 
 def fitting_sequence(
-    texts: Sequence[str], template: str, tokenizer: Path, answers: int, most: int = 96
+    texts: Sequence[str], template: str, tokenizer: Path, answers: int, most: int = 64
 ) -> int:
     """The length that leaves nine of ten rows whole: a multiple of 16, from 32 to `most` tokens."""
     reader = Tokenizer.from_file(str(tokenizer))

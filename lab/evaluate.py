@@ -2,7 +2,8 @@
 
     echo STATE/adapters/3 | python -m lab.evaluate --base DIR --rows test.jsonl --task task.json --sequence 32
 
-Reads names of adapter folders from stdin ("-": the base alone), one to a line; writes one JSON line each, at once. The model is loaded afresh for every adapter, as a user would.
+Reads names of adapter folders from stdin ("-": the base alone), one to a line; writes one JSON line each, at once.
+The model is loaded afresh for every adapter, as a user would.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from edge import data
 from edge.data import Prompter
+from edge.session import Batch
 from lab import dataset
 from protocol import schema
 from protocol.messages import Task
@@ -61,7 +63,7 @@ def load_adapted(base: Path, adapter: Path) -> Any:
             raise RuntimeError(f"{adapter}: {error}") from error
 
 
-def answer_logits(model: Any, batch: data.Batch) -> torch.Tensor:
+def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Logits at the answer positions, [B, K, V]; columns that are padding in every row are not computed."""
     length = int(batch.valid.sum(1).max())
     rows = np.arange(len(batch.tokens))[:, None]
@@ -72,7 +74,7 @@ def answer_logits(model: Any, batch: data.Batch) -> torch.Tensor:
     return hidden.logits[torch.from_numpy(rows), places]
 
 
-def answer_loss(logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
+def answer_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean negative log likelihood of the answer tokens."""
     weights = torch.from_numpy(batch.weights)
     each = torch.nn.functional.cross_entropy(
@@ -81,7 +83,7 @@ def answer_loss(logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
     return (each * weights.flatten()).sum() / weights.sum()
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def score(model: Any, prompts: Prompter, rows: Sequence[data.Row], name: str) -> Score:
     """Accuracy: the label whose first token is the likeliest of all labels' is the row's own."""
     assert prompts.verbaliser is not None
@@ -99,8 +101,9 @@ def score(model: Any, prompts: Prompter, rows: Sequence[data.Row], name: str) ->
 
 def prompter_of(task: Path, base: Path, batch: int, sequence: int, answers: int) -> Prompter:
     """The devices' own prompter, for this run's task and the base's tokenizer."""
+    tokenizer: Any = Tokenizer.from_file(str(base / "tokenizer.json"))
     return data.prompter(
-        Tokenizer.from_file(str(base / "tokenizer.json")),
+        tokenizer,
         schema.from_dict(Task, json.loads(task.read_text(encoding="utf-8")), str(task)),
         batch,
         sequence,

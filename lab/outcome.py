@@ -35,8 +35,12 @@ class DeviceOutcome:
     bytes_down: int
     bytes_up: int
     updates: int  # accepted, training rounds only
-    accuracy: tuple[float | None, ...]  # [V] with the global adapter of each version, own held-back rows
-    missed_mass: float  # mean over layers in the last round: router mass on experts it does not hold
+    accuracy: tuple[
+        float | None, ...
+    ]  # [V] with the global adapter of each version, own held-back rows
+    missed_mass: (
+        float  # mean over layers in the last round: router mass on experts it does not hold
+    )
 
     @property
     def before(self) -> float | None:

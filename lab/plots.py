@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +22,7 @@ from lab.outcome import Outcome
 INK, MUTED, FAINT, GRID = "#1f2933", "#616e7c", "#b8c2cc", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#1f6feb", "#d9730d", "#2f9e44", "#c92a2a"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6fa", "#9dc3f5", "#1f6feb", "#0b2a5b"])
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -50,10 +51,10 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _line(axes: Axes, values: Sequence[float | None], **style: object) -> None:
+def _line(axes: Axes, values: Sequence[float | None], **style: Any) -> None:
     known = [(x, y) for x, y in enumerate(values) if y is not None]
     if known:
-        axes.plot([x for x, _ in known], [y for _, y in known], **style)  # type: ignore[arg-type]
+        axes.plot([x for x, _ in known], [y for _, y in known], **style)
 
 
 def accuracy(outcome: Outcome) -> bytes:
@@ -166,12 +167,13 @@ def experts(outcome: Outcome) -> bytes:
             axes.set_title(f"layer {layer}: {outcome.experts - nobody} experts trained{note}")
             if index >= len(outcome.layers) - columns:
                 axes.set_xlabel("expert")
-        figure.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr, call-arg]
+        engine: Any = figure.get_layout_engine()
+        engine.set(hspace=0.06)
         bar = figure.colorbar(image, ax=grid, shrink=0.6, pad=0.015, aspect=18)
         bar.set_label("rounds in which it was trained")
         bar.locator = MaxNLocator(integer=True)
         bar.update_ticks()
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return _png(figure)
 
 

@@ -109,7 +109,7 @@ class Processes:
                     text=True,
                     env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                     start_new_session=True,  # Ctrl-C reaches the lab alone, which stops them in order
-                    preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509 - no threads before fork
+                    preexec_fn=lambda: _die_with(parent),
                 )
             except OSError as error:
                 raise ProcessError(f"{name}: cannot be started: {error}") from error

@@ -27,10 +27,10 @@ COLUMNS = (
     "after",
 )
 CAPTIONS = {
-    "accuracy": "Blue: the whole fp32 model with the global adapter, loaded by stock PEFT. Grey and orange: the 4-bit part "
-    "of the model that a device holds, on rows it held back, before it trains further in that round.",
-    "experts": "Dark: trained in every round. A device trains all the experts it holds; the server chooses them anew for "
-    "every round.",
+    "accuracy": "Blue: the whole fp32 model with the global adapter, loaded by stock PEFT. Grey and orange: the 4-bit "
+    "part of the model that a device holds, on rows it held back, before it trains further in that round.",
+    "experts": "Dark: trained in every round. A device trains all the experts it holds; the server chooses them anew "
+    "for every round.",
     "resources": "Memory is the highest resident size over all rounds less the process's resident size just before the "
     "program was opened (the baseline in the table: Python with torch and ExecuTorch loaded).",
 }

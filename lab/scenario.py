@@ -24,9 +24,10 @@ class Artifact:
     """The shape that every program of the run is built for; see `export.build`."""
 
     rank: int = 4
-    batch: int = 8
     answers: int = 2
     sequence: int = 0  # 0: what nine of ten rows need
+    batch: int = 0  # 0: as many rows as make `tokens`
+    tokens: int = 512  # of a step; memory depends on it, and so long rows come in smaller batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,8 @@ def _check(scenario: Scenario, where: str) -> None:
         raise ScenarioError(f"{where}: no device")
     for section, key, least in (
         (scenario.artifact, "rank", 1),
-        (scenario.artifact, "batch", 1),
+        (scenario.artifact, "batch", 0),
+        (scenario.artifact, "tokens", 1),
         (scenario.artifact, "answers", 1),
         (scenario.artifact, "sequence", 0),
         (scenario.server, "rounds", 1),

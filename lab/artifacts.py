@@ -1,0 +1,106 @@
+"""The store of a scenario, built once per checkpoint and settings: `python -m export.build` for every profile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import device_profiles
+from lab.processes import Child, Processes
+from lab.scenario import Artifact
+from protocol.manifest import sha256_file
+
+ROOT = Path(__file__).parents[1]
+_SOURCES = ("export", "protocol", "device_profiles")
+
+
+class ArtifactError(ValueError):
+    """A store that cannot be built. One line."""
+
+
+def key(base: Path, artifact: Artifact, profiles: dict[str, float]) -> str:
+    """Hash of all that the store is made from: checkpoint, shape, profiles, scales, the code that builds it."""
+    digest = hashlib.sha256()
+    settings = {"artifact": asdict(artifact), "profiles": profiles}
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    files = [p for p in base.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors")]
+    for folder in _SOURCES:
+        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".toml")]
+    files += [Path(name) for name in profiles if Path(name).is_file()]
+    for path in sorted(files):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _commands(
+    base: Path, artifact: Artifact, profiles: dict[str, float], out: Path
+) -> Iterator[tuple[str, list[str]]]:
+    """(name, command) per scale: profiles of one scale share a process, which saves its start."""
+    by_scale: dict[float, list[str]] = {}
+    for profile, scale in profiles.items():
+        by_scale.setdefault(scale, []).append(profile)
+    shape = []
+    for flag in ("rank", "sequence", "batch", "answers"):
+        shape += [f"--{flag}", str(getattr(artifact, flag))]
+    for scale, names in by_scale.items():
+        chosen = [word for name in names for word in ("--profile", name)]
+        command = ["export.build", "--checkpoint", str(base), "--out", str(out), *shape, *chosen]
+        label = "+".join(device_profiles.load(name).name for name in names)
+        yield f"build-{label}", [*command, "--scale-budget", str(scale)]
+
+
+def build(
+    processes: Processes,
+    base: Path,
+    artifact: Artifact,
+    profiles: dict[str, float],
+    cache: Path,
+    at_once: int,
+) -> tuple[Path, bool]:
+    """Build the store below `cache`, or find it there.
+
+    Parameters
+    ----------
+    profiles : profile -> scale of its budget
+    at_once : int
+        Builds that run side by side.
+
+    Returns
+    -------
+    (store, built) : the folder, and whether it had to be built
+
+    Raises
+    ------
+    ArtifactError
+        With the builder's own line: a budget that is too small, a checkpoint that is no MoE.
+    """
+    try:
+        store = cache / f"store-{key(base, artifact, profiles)}"
+    except OSError as error:
+        raise ArtifactError(f"{base}: cannot be read: {error.strerror}") from error
+    if store.is_dir():
+        return store, False
+    partial = cache / f"{store.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    waiting = list(_commands(base, artifact, profiles, partial))
+    running: list[Child] = []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            name, command = waiting.pop(0)
+            running.append(processes.start(name, command, environment={"OMP_NUM_THREADS": "1"}))
+        done = next((child for child in running if child.ended is not None), None)
+        if done is None:
+            time.sleep(0.1)
+            continue
+        running.remove(done)
+        if done.ended != 0:
+            processes.stop(*(child.name for child in running))
+            raise ArtifactError(done.last_words() or done.failure())
+    os.replace(partial, store)
+    return store, True

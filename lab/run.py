@@ -1,0 +1,367 @@
+"""Run a scenario from the checkpoint to the report: python -m lab.run [--scenario FILE] [--data FILE ...].
+
+Cuts the base for every device, divides the data, starts one server, one broker and a process per device, watches them,
+scores every global adapter and writes a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import reference_base
+from lab import artifacts, dataset, fleet, outcome, report, scenario
+from lab.artifacts import ArtifactError
+from lab.cgroups import memory_groups
+from lab.dataset import DataError, Row, Split
+from lab.fleet import Plan
+from lab.live import View
+from lab.outcome import HistoryError
+from lab.processes import ProcessError, Processes
+from lab.scenario import Scenario, ScenarioError
+from protocol import manifest, messages
+from protocol.manifest import ManifestError
+
+log = logging.getLogger(__name__)
+DEMO = Path(__file__).parent / "scenarios" / "demo.toml"
+MARK = "run.json"  # says that a folder is one of ours, which may be replaced
+PER_INTENT = 160
+ENFORCE = ("auto", "cgroup", "rlimit", "none")
+
+
+class LabError(RuntimeError):
+    """A run that cannot go on for a reason that no other boundary has. One line."""
+
+
+def run(args: argparse.Namespace, console: Console) -> Path:
+    """Everything, in order; returns the report's path."""
+    start = time.monotonic()
+    plan_of_run = settings(args)
+    rows = read_rows(args, plan_of_run.seed)
+    plan_of_run = fit_sequence(plan_of_run, rows, args.base)
+    split = divide(rows, plan_of_run)
+    folder = fresh_folder(args.out)
+    task, test, data = write_data(folder, split, plan_of_run)
+    names = [device.name for device in plan_of_run.device]
+    with Processes(folder / "logs") as processes, enforcement(args.enforce, names) as limits:
+        store, built = cut(processes, args, plan_of_run, console)
+        building = time.monotonic() - start if built else 0.0
+        plan = Plan(
+            store=store,
+            base=args.base,
+            folder=folder,
+            task=task,
+            test=test,
+            data=data,
+            backend=args.backend,
+            broker=args.broker,
+            enforce=limits,
+        )
+        with View(console) as view:
+            _, scores = fleet.run(processes, plan, plan_of_run, view)
+        ran = time.monotonic() - start
+        ceiling = None
+        if args.ceiling:
+            ceiling = train_centrally(processes, plan, plan_of_run, console)
+        result = put_together(plan, plan_of_run, args, split, scores, ceiling, ran, building)
+        report.print_table(result, console)
+        page = report.write(result, folder)
+        verify(plan, console)
+    return page
+
+
+def settings(args: argparse.Namespace) -> Scenario:
+    """The scenario, with what flags say instead; raises ScenarioError."""
+    found = scenario.load(args.scenario)
+    devices = found.device[: args.devices] if args.devices else found.device
+    devices = tuple(
+        dataclasses.replace(d, scale_budget=d.scale_budget * args.scale_budget) for d in devices
+    )
+
+    def over(section: object, **values: object) -> dict[str, object]:
+        return {name: value for name, value in values.items() if value is not None}
+
+    server = dataclasses.replace(
+        found.server,
+        min_updates=min(found.server.min_updates, len(devices)),
+        **over(found.server, rounds=args.rounds, steps=args.steps),  # type: ignore[arg-type]
+    )
+    return scenario.check(
+        dataclasses.replace(
+            found,
+            device=devices,
+            server=server,
+            artifact=dataclasses.replace(
+                found.artifact,
+                **over(found.artifact, sequence=args.sequence, batch=args.batch),  # type: ignore[arg-type]
+            ),
+            data=dataclasses.replace(found.data, **over(found.data, alpha=args.alpha)),  # type: ignore[arg-type]
+            seed=found.seed if args.seed is None else args.seed,
+        ),
+        str(args.scenario),
+    )
+
+
+def read_rows(args: argparse.Namespace, seed: int) -> list[Row]:
+    """The user's rows, or generated ones; raises DataError."""
+    if args.data is None:
+        return dataset.assistant_rows(PER_INTENT, seed)
+    return dataset.read(args.data, args.text, args.label)
+
+
+def fit_sequence(chosen: Scenario, rows: Sequence[Row], base: Path) -> Scenario:
+    """Fill in the sequence where it is open, and the batch from the tokens of a step; raises DataError."""
+    artifact = chosen.artifact
+    tokenizer = base / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise DataError(f"{tokenizer}: no such file; a checkpoint folder with a tokenizer wanted")
+    sequence = artifact.sequence or dataset.fitting_sequence(
+        [row.text for row in rows], messages.Task().template, tokenizer, artifact.answers
+    )
+    batch = artifact.batch or max(1, artifact.tokens // sequence)
+    return dataclasses.replace(
+        chosen, artifact=dataclasses.replace(artifact, sequence=sequence, batch=batch)
+    )
+
+
+def divide(rows: Sequence[Row], chosen: Scenario) -> Split:
+    """A test set for the lab, the rest for the devices; raises DataError."""
+    data = chosen.data
+    return dataset.split(
+        rows, len(chosen.device), data.rows_per_device, data.test_rows, data.alpha, chosen.seed
+    )
+
+
+def fresh_folder(out: Path) -> Path:
+    """An empty folder for the run; an older run there is replaced, anything else is refused."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
+        raise LabError(f"{out}: holds something else than a run, choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    return out.resolve()
+
+
+def write_data(folder: Path, split: Split, chosen: Scenario) -> tuple[Path, Path, dict[str, Path]]:
+    """Write the task, the test rows, each device's rows; (task, test, device -> file)."""
+    (folder / MARK).write_text(json.dumps(dataclasses.asdict(chosen), indent=1), encoding="utf-8")
+    task, test = folder / "task.json", folder / "test.jsonl"
+    task.write_text(json.dumps({"labels": split.labels}), encoding="utf-8")
+    dataset.write(test, split.test)
+    files = {}
+    for device, rows in zip(chosen.device, split.devices, strict=True):
+        files[device.name] = folder / "data" / f"{device.name}.jsonl"
+        dataset.write(files[device.name], rows)
+    return task, test, files
+
+
+@contextlib.contextmanager
+def enforcement(how: str, names: list[str]) -> Iterator[Mapping[str, str]]:
+    """Device -> the edge's --enforce: it joins its cgroup when it knows its baseline; raises LabError."""
+    if how in ("auto", "cgroup"):
+        with memory_groups(names) as groups:
+            if groups:
+                yield {name: f"cgroup:{groups[name]}" for name in names}
+                return
+        if how == "cgroup":
+            raise LabError("--enforce cgroup: memory cgroups cannot be made here")
+    yield dict.fromkeys(names, "none" if how == "none" else "rlimit")
+
+
+def cut(
+    processes: Processes, args: argparse.Namespace, chosen: Scenario, console: Console
+) -> tuple[Path, bool]:
+    """Build or find the artifacts; raises ArtifactError."""
+    artifact = chosen.artifact
+    started = time.monotonic()
+    with console.status(f"cutting the base for {len(chosen.profiles)} profiles ..."):
+        store, built = artifacts.build(
+            processes,
+            args.base,
+            artifact,
+            chosen.profiles,
+            args.cache.resolve(),
+            at_once=os.cpu_count() or 1,
+        )
+    how = f"built in {time.monotonic() - started:.0f} s" if built else "from the cache"
+    console.print(
+        f"artifacts {how}: {store} (batch {artifact.batch} x {artifact.sequence} tokens, "
+        f"rank {artifact.rank})",
+        highlight=False,
+    )
+    return store, built
+
+
+def train_centrally(processes: Processes, plan: Plan, chosen: Scenario, console: Console) -> float:
+    """Accuracy of the ceiling; raises ProcessError."""
+    base = manifest.read_base(plan.store / "base.json")
+    history = _history(plan)
+    samples = chosen.artifact.batch * sum(
+        facts["steps"]
+        for entry in history
+        if entry["work"] == "train"
+        for facts in entry["devices"].values()
+    )
+    with console.status(f"training the whole base centrally with {samples} samples ..."):
+        child = processes.run(
+            "central",
+            [
+                *("lab.central", *fleet.judge_flags(plan, chosen)),
+                *("--train", str(plan.folder / "data"), "--samples", str(samples)),
+                *("--rank", str(chosen.artifact.rank), "--threads", str(os.cpu_count() or 1)),
+                *("--learning-rate", str(chosen.server.learning_rate)),
+                *("--router-learning-rate", str(chosen.server.router_learning_rate)),
+                *("--target-parameters", *base.peft.target_parameters),
+                *("--modules-to-save", *base.peft.modules_to_save),
+                *("--seed", str(chosen.seed)),
+            ],
+        )
+    return float(json.loads(child.last_words())["accuracy"])
+
+
+def _history(plan: Plan) -> list[dict[str, Any]]:
+    path = plan.state / "history.jsonl"
+    try:
+        return outcome.parse_history(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise HistoryError(f"{path}: {error.strerror}") from error
+
+
+def put_together(
+    plan: Plan,
+    chosen: Scenario,
+    args: argparse.Namespace,
+    split: Split,
+    scores: Mapping[int, float],
+    ceiling: float | None,
+    seconds: float,
+    building: float,
+) -> outcome.Outcome:
+    """History, scores and predictions as one value; raises HistoryError, ManifestError."""
+    base = manifest.read_base(plan.store / "base.json")
+    predicted = {
+        profile: manifest.read_manifest(plan.store / profile / "manifest.json").memory.predicted
+        for profile in chosen.profiles
+    }
+    return outcome.gather(
+        name=chosen.name,
+        data="generated utterances to an assistant" if args.data is None else args.data.name,
+        test_rows=len(split.test),
+        labels=len(split.labels),
+        batch=chosen.artifact.batch,
+        layers=base.moe_layers,
+        experts=base.num_experts,
+        history=_history(plan),
+        scores=scores,
+        predicted=predicted,
+        ceiling=ceiling,
+        seconds=seconds,
+        seconds_building=building,
+    )
+
+
+def verify(plan: Plan, console: Console) -> None:
+    """`python -m export.verify_adapter` on the last adapter; raises LabError when it does not pass."""
+    versions = [int(p.name) for p in (plan.state / "adapters").iterdir() if p.name.isdecimal()]
+    adapter = plan.state / "adapters" / str(max(versions))
+    done = subprocess.run(
+        [sys.executable, "-m", "export.verify_adapter", str(plan.base), str(adapter)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    words = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
+    line = words.splitlines()[-1] if words else f"exit status {done.returncode}"
+    if done.returncode != 0:
+        raise LabError(f"export.verify_adapter refused {adapter}: {line}")
+    console.print(f"adapter: {adapter}\nexport.verify_adapter: {line}", highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.run",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="example: python -m lab.run --data news.jsonl.gz --text text --label topic --ceiling",
+    )
+    parser.add_argument("--scenario", type=Path, default=DEMO, help="TOML (default: the demo)")
+    parser.add_argument("--data", type=Path, help=".jsonl or .jsonl.gz (default: generated)")
+    parser.add_argument("--text", default="text", help="field of --data (default: %(default)s)")
+    parser.add_argument("--label", default="label", help="field of --data (default: %(default)s)")
+    parser.add_argument(
+        "--base", type=Path, default=reference_base.MODEL_DIR, help="checkpoint folder"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=artifacts.ROOT / ".demo" / "run",
+        help="folder of this run (default: .demo/run)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=artifacts.ROOT / ".demo",
+        help="folder of artifacts (default: .demo)",
+    )
+    parser.add_argument("--devices", type=int, help="only the first so many of the scenario")
+    parser.add_argument("--rounds", type=int, help="instead of the scenario's")
+    parser.add_argument("--steps", type=int, help="instead of the scenario's")
+    parser.add_argument("--alpha", type=float, help="skew; smaller is more (scenario's)")
+    parser.add_argument("--seed", type=int, help="instead of the scenario's")
+    parser.add_argument("--sequence", type=int, help="tokens per row (default: what rows need)")
+    parser.add_argument("--batch", type=int, help="rows per step")
+    parser.add_argument(
+        "--scale-budget", type=float, default=1.0, help="times every budget of the scenario"
+    )
+    parser.add_argument("--backend", default="executorch", help="of the devices (%(default)s)")
+    parser.add_argument("--broker", default="auto", help="see python -m server --help")
+    parser.add_argument(
+        "--enforce", choices=ENFORCE, default="auto", help="memory limits: cgroup, else rlimit"
+    )
+    parser.add_argument(
+        "--ceiling", action="store_true", help="also train the whole base in one place"
+    )
+    parser.add_argument("--verbose", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; prints the report's path last."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    try:
+        page = run(args, console)
+    except (
+        ArtifactError,
+        DataError,
+        HistoryError,
+        LabError,
+        ManifestError,
+        ProcessError,
+        ScenarioError,
+    ) as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lab: stopped", file=sys.stderr)
+        return 130
+    print(f"report: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
