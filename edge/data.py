@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verbaliser:
-    """The answer tokens of each label, and the first of them as an array [labels]. `codes`: not the label's own words."""
+    """The answer tokens of each label; `codes`: they are not the label's own words."""
 
     labels: tuple[str, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -149,7 +149,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def verbalise(labels: Sequence[str], tokenizer: Tokenizer, answers: int) -> Verbaliser:
-    """Choose the answer tokens of each label: its own first K tokens, or a code of one token when two labels begin alike.
+    """Choose the answer tokens of each label: its own first K, or a code of one token when two labels begin alike.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def verbalise(labels: Sequence[str], tokenizer: Tokenizer, answers: int) -> Verb
 
 
 def _code_tokens(tokenizer: Tokenizer) -> Iterator[int]:
-    """Single letters first, as in a multiple choice; then every token that is a word, in the order of the vocabulary."""
+    """Single letters first, as in a multiple choice; then every token that is a word, in the vocabulary's order."""
     for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
         ids = encode(tokenizer, " " + letter)
         if len(ids) == 1:

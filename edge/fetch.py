@@ -1,4 +1,4 @@
-"""Everything that comes over HTTP: registration, indices, blobs. A blob is in the cache whole and checked, or not at all.
+"""Everything that comes over HTTP: registration, indices, blobs. A cached blob is whole and checked, or not there.
 
 Transient failures (server restarting, connection cut) are ridden out; what the server says no to is not repeated.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from protocol import messages
+from protocol import PROTOCOL_VERSION, messages
 from protocol.manifest import (
     BaseIndex,
     Blob,
@@ -132,7 +132,7 @@ class Server:
         """POST /v1/devices; raises FetchError."""
         body = messages.encode(
             messages.Register(
-                protocol=messages.PROTOCOL_VERSION,
+                protocol=PROTOCOL_VERSION,
                 device=device,
                 profile=profile,
                 token=token,

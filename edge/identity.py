@@ -1,4 +1,4 @@
-"""Who this device is: its id and the token that proves it, kept in the work folder, which one process uses at a time."""
+"""Who this device is: its id and the token that proves it, kept in the work folder. One process uses a folder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Identity:
     """
 
     def __init__(self, folder: Path, wanted: str | None, profile: str, server: str) -> None:
-        self.folder, self.server, self.token = folder, server, None
-        self.token: str | None
+        self.folder, self.server = folder, server
+        self.token: str | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "lock", "w", encoding="ascii")  # noqa: SIM115
+            self._lock = open(folder / "lock", "w", encoding="ascii")
         except OSError as error:
             raise IdentityError(f"--workdir {folder}: {error}") from error
         try:

@@ -129,7 +129,7 @@ class Link:
 
     def _on_message(self, _: mqtt.Client, __: Any, message: mqtt.MQTTMessage) -> None:
         try:
-            found = messages.decode(message.payload)
+            found = messages.decode(bytes(message.payload))
         except messages.MessageError as error:
             log.warning("%s: ignored: %s", message.topic, error)
             return

@@ -101,7 +101,7 @@ def _constant_inputs(
 
 def _read(artifact: Artifact, blob: Blob) -> dict[str, NDArray[Any]]:
     with safe_open(str(artifact.path(blob)), framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 class ExecuTorchTraining:

@@ -1,4 +1,4 @@
-"""PyTorch behind `Session`: autograd over transformers and stock PEFT. The reference that the other backends are held to.
+"""PyTorch behind `Session`: autograd over transformers and stock PEFT. The other backends are held to it.
 
 Letters as in `session.py`, T = B * S tokens.
 """
@@ -26,6 +26,8 @@ from edge.session import (
     TrainSession,
 )
 from edge.submoe_torch import SubMoe, build, slot_view
+
+_Routing = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], float]
 
 
 class TorchSession:
@@ -99,7 +101,7 @@ class TorchSession:
         """See `EvaluateSession`."""
         self.load(adapter)
         valid = torch.from_numpy(batch.valid).reshape(-1)
-        partial: dict[int, tuple[Any, ...]] = {}
+        partial: dict[int, _Routing] = {}
         norms: dict[int, NDArray[np.float32]] = {}
         hooks = []
         for layer, block in self._model.blocks.items():
@@ -122,7 +124,8 @@ class TorchSession:
                 partial[layer] = _routing(hidden, full, valid, self._top_k, self._resident[layer])
 
             def weigh(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                norms[layer] = _output_norms(module, *args[:3], valid)
+                hidden, chosen, weights = args[:3]
+                norms[layer] = _output_norms(module, hidden, chosen, weights, valid)
 
             hooks.append(block.gate.register_forward_hook(route))
             hooks.append(block.experts.register_forward_hook(weigh))
@@ -133,7 +136,16 @@ class TorchSession:
             for hook in hooks:
                 hook.remove()
         shape = (*batch.positions.shape, logits.shape[-1])
-        stats = {layer: LayerStats(*partial[layer], norms[layer]) for layer in partial}
+        stats = {
+            layer: LayerStats(
+                mass=partial[layer][0],
+                top=partial[layer][1],
+                g_log_g=partial[layer][2],
+                missed=partial[layer][3],
+                output_norm=norms[layer],
+            )
+            for layer in partial
+        }
         return logits.reshape(shape).numpy(), stats
 
     def close(self) -> None:
@@ -148,7 +160,7 @@ def _routing(
     valid: torch.Tensor,
     top_k: int,
     resident: tuple[int, ...],
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], float]:
+) -> _Routing:
     """(mass, top, g log g, missed) of the full router [E, d] over hidden states [T, d]."""
     g = torch.softmax(hidden @ router.T, -1)
     top = torch.zeros_like(g).scatter(1, g.topk(top_k, -1).indices, 1.0) * g

@@ -26,7 +26,7 @@ from protocol import int4, lora, names
 from protocol.manifest import Blob
 
 
-class Moved(nn.Module):
+class Moved(nn.Module):  # type: ignore[misc]
     """A frozen router plus a trained change, [P, d]."""
 
     def __init__(self, rows: int, hidden: int) -> None:
@@ -40,7 +40,7 @@ class Moved(nn.Module):
 
 @dataclass
 class MoeBlock:
-    """The parts of one MoE layer: where tokens are routed, what they are routed to, and the wrapper PEFT put around it."""
+    """The parts of one MoE layer: where tokens are routed, what to, and the wrapper PEFT put around that."""
 
     gate: nn.Module
     experts: nn.Module
@@ -64,7 +64,7 @@ def read_blob(artifact: Artifact, blob: Blob) -> dict[str, NDArray[Any]]:
     path = artifact.path(blob)
     try:
         with safe_open(str(path), framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise SessionError(f"{path}: {error}") from error
 
@@ -114,7 +114,7 @@ def build(
             setattr(experts, f"{projection}_proj", nn.Parameter(stacked, requires_grad=False))
         rows = torch.from_numpy(routers[f"layers.{layer}.router_rows"].copy())
         gate.weight = nn.Parameter(rows, requires_grad=False)
-        experts.num_experts = gate.num_experts = count  # type: ignore[assignment]
+        experts.num_experts = gate.num_experts = count
     wanted = LoraConfig(
         r=rank,
         lora_alpha=lora.alpha(rank),

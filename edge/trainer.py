@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 from edge import slots
 from edge.adamw import AdamW
 from edge.data import Prompter, Row, evaluation_batches, training_batches
-from edge.session import Artifact, Backend, Batch, EvaluateSession, FloatArrays, Resident
-from edge.session import TrainSession
+from edge.session import (
+    Artifact,
+    Backend,
+    Batch,
+    EvaluateSession,
+    FloatArrays,
+    Resident,
+    TrainSession,
+)
 from edge.statistics import RoutingSums, Score
 
 log = logging.getLogger(__name__)
@@ -143,10 +150,11 @@ def work(
     base = artifact.base
     first = None if prompts.verbaliser is None else prompts.verbaliser.first
     sums = RoutingSums(base.moe_layers, base.num_experts, job.resident)
-    batches = lambda: evaluation_batches(prompts, held_back)  # noqa: E731
     reader = backend.open_evaluate(artifact, job.resident)
     try:
-        before = evaluate(reader, adapter, batches(), first, check, sums)
+        before = evaluate(
+            reader, adapter, evaluation_batches(prompts, held_back), first, check, sums
+        )
         if job.work == "profile":
             order = np.random.default_rng(job.seed).permutation(len(train_rows))
             more = [train_rows[i] for i in order[: max(len(held_back), prompts.batch)]]
@@ -167,7 +175,7 @@ def work(
         tensors, steps = slots.global_tensors(trained, job.resident, job.trained), job.steps
         reader = backend.open_evaluate(artifact, job.resident)
         try:
-            after = evaluate(reader, trained, batches(), first, check)
+            after = evaluate(reader, trained, evaluation_batches(prompts, held_back), first, check)
         finally:
             reader.close()
     return Result(

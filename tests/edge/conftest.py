@@ -1,4 +1,4 @@
-"""A tiny base made by hand, sliced into a store as `export.build` does, without programs: the torch backend needs none."""
+"""A tiny base made by hand, sliced into a store as `export.build` does. Without programs: torch needs none."""
 
 import hashlib
 import json
