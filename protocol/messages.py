@@ -165,10 +165,10 @@ class Status:
     state: Literal["online", "offline"]
 
 
-Message = Register | Welcome | Ready | Lease | Offer | Grant | Receipt | RunOver | RoundInfo | Status
-M = TypeVar(
-    "M", Register, Welcome, Ready, Lease, Offer, Grant, Receipt, RunOver, RoundInfo, Status
+Message = (
+    Register | Welcome | Ready | Lease | Offer | Grant | Receipt | RunOver | RoundInfo | Status
 )
+M = TypeVar("M", Register, Welcome, Ready, Lease, Offer, Grant, Receipt, RunOver, RoundInfo, Status)
 KINDS: dict[str, type[Message]] = {
     c.kind: c
     for c in (Register, Welcome, Ready, Lease, Offer, Grant, Receipt, RunOver, RoundInfo, Status)
@@ -217,6 +217,4 @@ def sign(token: str, lease: str, nonce: str, sha256: str, size: int) -> str:
 
 def verify(mac: str, token: str, lease: str, nonce: str, sha256: str, size: int) -> bool:
     """Check `sign` in constant time."""
-    return hmac.compare_digest(
-        mac.encode(), sign(token, lease, nonce, sha256, size).encode()
-    )
+    return hmac.compare_digest(mac.encode(), sign(token, lease, nonce, sha256, size).encode())

@@ -25,7 +25,7 @@ def _nearest(word: str, known: list[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -62,7 +62,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise SchemaError(f"{where}: {value!r} found, one of {', '.join(map(str, args))} wanted")
+            raise SchemaError(
+                f"{where}: {value!r} found, one of {', '.join(map(str, args))} wanted"
+            )
         return value
     if kind in (int, float):
         return _number(value, where, kind)
@@ -94,13 +96,11 @@ def from_dict(cls: type[T], value: Any, where: str) -> T:
     for key in value:
         if key not in fields:
             raise SchemaError(f"{where}: unknown key '{key}'{_nearest(str(key), list(fields))}")
-    filled = {}
+    filled, hints = {}, _hints(typing.cast(Any, cls))
     for name, field in fields.items():
         if name in value:
-            filled[name] = _convert(_hints(cls)[name], value[name], f"{where}: {name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+            filled[name] = _convert(hints[name], value[name], f"{where}: {name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SchemaError(f"{where}: key '{name}' is missing")
     return cls(**filled)
 

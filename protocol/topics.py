@@ -1,11 +1,11 @@
 """MQTT topics. The only place where topic strings appear.
 
-    fl/v1/{fleet}/{device}/status        retained, last will "offline"
-    fl/v1/{fleet}/{device}/up/ctl        device -> server: Ready, Offer
-    fl/v1/{fleet}/{device}/up/{xfer}/{i} device -> server: one chunk
-    fl/v1/{fleet}/{device}/down/ctl      server -> device: Lease, Grant, RunOver
-    fl/v1/{fleet}/{device}/down/rcpt     server -> device: Receipt
-    fl/v1/{fleet}/round                  retained RoundInfo
+fl/v1/{fleet}/{device}/status        retained, last will "offline"
+fl/v1/{fleet}/{device}/up/ctl        device -> server: Ready, Offer
+fl/v1/{fleet}/{device}/up/{xfer}/{i} device -> server: one chunk
+fl/v1/{fleet}/{device}/down/ctl      server -> device: Lease, Grant, RunOver
+fl/v1/{fleet}/{device}/down/rcpt     server -> device: Receipt
+fl/v1/{fleet}/round                  retained RoundInfo
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import names, update
-from protocol.manifest import BaseIndex, Shape
+from protocol.manifest import BaseIndex
 from protocol.messages import Lease
 from protocol.tensors import TensorError
 from protocol.update import Facts
@@ -65,7 +65,7 @@ def max_update_bytes(trained: Mapping[str, tuple[int, ...]], base: BaseIndex, ra
 
 
 def accept(
-    data: bytes, lease: Lease, base: BaseIndex, shape: Shape, max_bytes: int, version: int
+    data: bytes, lease: Lease, base: BaseIndex, *, rank: int, tokens_per_step: int, version: int
 ) -> Accepted:
     """Open and check an update.
 
@@ -73,8 +73,8 @@ def accept(
     ----------
     data : bytes as uploaded
     lease : what the device was asked to do
-    shape : of the device's program; bounds the tokens that it can have trained on
-    max_bytes : longer updates are refused unread
+    rank : of the adapter
+    tokens_per_step : batch rows times sequence of the device's program; bounds what it can have trained on
     version : adapter version of the open round; an update from another one is stale
 
     Raises
@@ -87,14 +87,14 @@ def accept(
     if not _within(lease.trained, lease.resident):
         raise UpdateRejected("trained experts are not among the resident ones")
     try:
-        tensors, stats, facts = update.unpack(data, max_bytes)
+        tensors, stats, facts = update.unpack(data, max_update_bytes(lease.trained, base, rank))
     except TensorError as error:
         raise UpdateRejected(str(error)) from error
-    wanted = expected_shapes(lease.trained, base, shape.rank)
+    wanted = expected_shapes(lease.trained, base, rank)
     _check_tensors(tensors, wanted)
     layers, experts = len(base.moe_layers), base.num_experts
     _check_tensors(stats, {name: (layers, experts) for name in update.STATS})
-    _check_stats(stats, facts, lease, base, shape)
+    _check_stats(stats, facts, lease, base, lease.steps * tokens_per_step)
     for name in sorted(tensors):
         rms = float(np.sqrt(np.mean(np.square(tensors[name], dtype=np.float64))))
         if rms > MAX_RMS:
@@ -133,7 +133,7 @@ def _check_stats(
     facts: Facts,
     lease: Lease,
     base: BaseIndex,
-    shape: Shape,
+    most: int,
 ) -> None:
     for name in ("mass", "top", "output_norm", "trained_tokens"):
         if (stats[name] < 0).any():
@@ -142,7 +142,6 @@ def _check_stats(
         raise UpdateRejected("stats.g_log_g: positive")
     if (stats["mass"].sum(-1) > facts.tokens * SLACK + 1).any():
         raise UpdateRejected(f"stats.mass: more than the {facts.tokens} tokens of the facts")
-    most = lease.steps * shape.batch * shape.sequence
     if (stats["trained_tokens"] > most).any():
         raise UpdateRejected(f"stats.trained_tokens: more than the {most} tokens of the lease")
     trained = np.zeros((len(base.moe_layers), base.num_experts), bool)

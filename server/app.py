@@ -18,7 +18,7 @@ from server.artifacts import Artifacts
 from server.broker import HOST, KINDS, broker, free_port
 from server.config import Config, ConfigError
 from server.mqtt import BrokerError, Link, parse_url
-from server.routes import BROKER_URL, ROUTES, RUN, json_errors
+from server.routes import BROKER_URL, ROUTES, RUN, blob_etag, json_errors
 from server.run import Run
 from server.store import StateError, Store
 
@@ -32,6 +32,7 @@ def make_app(run: Run, broker_url: str) -> web.Application:
     app[RUN] = run
     app[BROKER_URL] = broker_url
     app.add_routes(ROUTES)
+    app.on_response_prepare.append(blob_etag)
     return app
 
 

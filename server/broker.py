@@ -116,8 +116,9 @@ async def _supervise(command: list[str], process: subprocess.Popen[bytes], port:
     """Restart the broker whenever it dies; end it when cancelled."""
     try:
         while True:
-            while process.poll() is None:
-                await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)
+            if process.poll() is None:
+                continue
             log.warning("the broker died with code %s, starting it again", process.returncode)
             process = _start(command)
             try:
@@ -132,6 +133,13 @@ async def _supervise(command: list[str], process: subprocess.Popen[bytes], port:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _command(kind: str, folder: Path, port: int) -> tuple[str, list[str]]:
+    if kind == "auto":
+        kind = "mosquitto" if find_mosquitto() else "amqtt"
+    folder.mkdir(parents=True, exist_ok=True)
+    return kind, KINDS[kind](port, folder.resolve())
 
 
 @contextlib.asynccontextmanager
@@ -150,10 +158,7 @@ async def broker(kind: str, folder: Path, port: int) -> AsyncIterator[None]:
     BrokerError
         When it cannot be started.
     """
-    if kind == "auto":
-        kind = "mosquitto" if find_mosquitto() else "amqtt"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = KINDS[kind](port, folder.resolve())
+    kind, command = _command(kind, folder, port)
     process = _start(command)
     try:
         await _listening(process, port)

@@ -80,7 +80,7 @@ def values(stats: Mapping[str, NDArray[np.float32]], tokens: float, beta: float)
 
 def _shares(x: Floats) -> Floats:
     total = x.sum(-1, keepdims=True)
-    return np.divide(x, total, out=np.full_like(x, 1 / x.shape[-1]), where=total > 0)
+    return np.asarray(np.divide(x, total, out=np.full_like(x, 1 / x.shape[-1]), where=total > 0))
 
 
 def smooth(former: Floats | None, new: Floats) -> Floats:

@@ -162,4 +162,6 @@ def parse(argv: Sequence[str] | None) -> Config:
     """
     values = vars(_parser().parse_args(argv))
     task = values.pop("task")
-    return check(Config(**values, **({} if task is None else {"task": read_task(task)})))
+    if task is not None:
+        values["task"] = read_task(task)
+    return check(Config(**values))

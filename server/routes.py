@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -72,8 +73,6 @@ async def register(request: web.Request) -> web.Response:
 
 
 def _same(shown: str | None, token: str) -> bool:
-    import secrets
-
     return shown is not None and secrets.compare_digest(shown.encode(), token.encode())
 
 
@@ -107,10 +106,15 @@ async def blob(request: web.Request) -> web.StreamResponse:
     path = _find(run, sha256)
     if path is None:
         return _error(404, f"no blob {sha256}")
-    # Our ETag is the content, not the file's time, so a range is valid for every copy of it.
     response = web.FileResponse(path, headers=headers)
     response.content_type = "application/octet-stream"
     return response
+
+
+async def blob_etag(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the content's hash back where aiohttp has put the file's time, just before the headers leave."""
+    if request.match_info.handler is blob and response.status in (200, 206, 304):
+        response.headers["ETag"] = f'"{request.match_info["sha256"]}"'
 
 
 def _find(run: Run, sha256: str) -> Path | None:

@@ -17,7 +17,17 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from protocol import PROTOCOL_VERSION, chunks, messages, names, tensors, topics, update
 from protocol.manifest import BaseIndex
-from protocol.messages import Grant, Lease, Offer, Ready, Receipt, Register, RunOver, Status, Welcome
+from protocol.messages import (
+    Grant,
+    Lease,
+    Offer,
+    Ready,
+    Receipt,
+    Register,
+    RunOver,
+    Status,
+    Welcome,
+)
 from server.mqtt import parse_url
 
 FACTS = update.Facts(
@@ -35,8 +45,12 @@ def made_up_tensors(lease: Lease, base: BaseIndex, rank: int, seed: int) -> dict
         for e in experts:
             for p in names.PROJECTIONS:
                 out, into = base.features(p)
-                made[names.lora(int(layer), e, p, "lora_A")] = rng.normal(size=(rank, into), scale=0.1)
-                made[names.lora(int(layer), e, p, "lora_B")] = rng.normal(size=(out, rank), scale=0.1)
+                made[names.lora(int(layer), e, p, "lora_A")] = rng.normal(
+                    size=(rank, into), scale=0.1
+                )
+                made[names.lora(int(layer), e, p, "lora_B")] = rng.normal(
+                    size=(out, rank), scale=0.1
+                )
             made[names.router_row(int(layer), e)] = rng.normal(size=base.hidden, scale=0.01)
     return {k: v.astype(np.float32) for k, v in made.items()}
 
@@ -64,7 +78,15 @@ def made_up_stats(lease: Lease, base: BaseIndex, tokens: int, seed: int) -> dict
 class FakeDevice:
     """Every step of the protocol as a method that blocks, at most `patience` seconds."""
 
-    def __init__(self, url: str, device: str, profile: str, base: BaseIndex, rank: int, patience: float = 20.0):
+    def __init__(
+        self,
+        url: str,
+        device: str,
+        profile: str,
+        base: BaseIndex,
+        rank: int,
+        patience: float = 20.0,
+    ):
         self.url, self.device, self.profile, self.base, self.rank = url, device, profile, base, rank
         self.patience = patience
         self.seed = int.from_bytes(hashlib.sha256(device.encode()).digest()[:4], "little")
@@ -76,12 +98,20 @@ class FakeDevice:
     # HTTP
 
     def get(self, path: str, headers: dict | None = None) -> bytes:
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers or {}), timeout=10) as r:
+        with urllib.request.urlopen(
+            urllib.request.Request(self.url + path, headers=headers or {}), timeout=10
+        ) as r:
             return r.read()
 
     def register(self, token: str | None = None) -> Welcome:
         body = messages.encode(
-            Register(protocol=PROTOCOL_VERSION, device=self.device, profile=self.profile, token=token, rows=10)
+            Register(
+                protocol=PROTOCOL_VERSION,
+                device=self.device,
+                profile=self.profile,
+                token=token,
+                rows=10,
+            )
         )
         request = urllib.request.Request(self.url + "/v1/devices", data=body, method="POST")
         with urllib.request.urlopen(request, timeout=10) as response:
@@ -93,14 +123,21 @@ class FakeDevice:
     def connect(self) -> None:
         assert self.welcome is not None
         fleet = self.welcome.fleet
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=self.device, clean_session=False)
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=self.device, clean_session=False
+        )
         gone = messages.encode(Status(device=self.device, state="offline"))
         client.will_set(topics.status(fleet, self.device), gone, qos=1, retain=True)
         client.reconnect_delay_set(1, 1)
         subscribed = queue.Queue()
 
         def on_connect(c, *_):
-            c.subscribe([(topics.down_ctl(fleet, self.device), 1), (topics.down_receipt(fleet, self.device), 1)])
+            c.subscribe(
+                [
+                    (topics.down_ctl(fleet, self.device), 1),
+                    (topics.down_receipt(fleet, self.device), 1),
+                ]
+            )
             c.publish(
                 topics.status(fleet, self.device),
                 messages.encode(Status(device=self.device, state="online")), qos=1, retain=True,
@@ -124,7 +161,9 @@ class FakeDevice:
         """Leave in an orderly way."""
         if self.client is not None and self.welcome is not None:
             gone = messages.encode(Status(device=self.device, state="offline"))
-            self.client.publish(topics.status(self.welcome.fleet, self.device), gone, qos=1, retain=True)
+            self.client.publish(
+                topics.status(self.welcome.fleet, self.device), gone, qos=1, retain=True
+            )
             time.sleep(0.05)
         self.vanish()
 
@@ -140,7 +179,9 @@ class FakeDevice:
     def say(self, message: Ready | Offer) -> None:
         assert self.client is not None
         assert self.welcome is not None
-        self.client.publish(topics.up_ctl(self.welcome.fleet, self.device), messages.encode(message), qos=1)
+        self.client.publish(
+            topics.up_ctl(self.welcome.fleet, self.device), messages.encode(message), qos=1
+        )
 
     def raw(self, topic: str, payload: bytes) -> None:
         assert self.client is not None
@@ -150,7 +191,13 @@ class FakeDevice:
         assert self.welcome is not None
         self.say(Ready(device=self.device, run=self.welcome.run))
 
-    def wait(self, kind: type, match: Callable = lambda m: True, again: Callable | None = None, every: float = 1.0):
+    def wait(
+        self,
+        kind: type,
+        match: Callable = lambda m: True,
+        again: Callable | None = None,
+        every: float = 1.0,
+    ):
         """The next matching message; others are dropped. `again` is called every `every` seconds."""
         end = time.monotonic() + self.patience
         while (left := end - time.monotonic()) > 0:
@@ -208,7 +255,9 @@ class FakeDevice:
         """Answer receipts until the final one."""
         while True:
             receipt = self.wait(
-                Receipt, lambda r: r.lease == lease.lease, again=lambda: self.say(self.offer(lease, data))
+                Receipt,
+                lambda r: r.lease == lease.lease,
+                again=lambda: self.say(self.offer(lease, data)),
             )
             if receipt.final:
                 return receipt

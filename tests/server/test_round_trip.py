@@ -39,7 +39,9 @@ def test_a_run_ends_with_an_adapter(serve, fleet, broker):
     status = json.loads(devices[0].get("/v1/run"))
     assert (status["state"], status["version"], status["mean_accuracy"]) == ("over", 2, 0.5)
     assert status["devices"]["c"]["slots"] == [3, 4]
-    history = [json.loads(line) for line in (server.state / "history.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (server.state / "history.jsonl").read_text().splitlines()
+    ]
     assert [(h["round"], h["work"], h["version"], h["closed_by"]) for h in history] == [
         (0, "profile", 0, "all"), (1, "train", 1, "all"), (2, "train", 2, "all"), (3, "evaluate", 2, "all"),
     ]  # fmt: skip

@@ -40,10 +40,16 @@ def _blob(folder: Path, data: bytes) -> Blob:
 def base_index(folder: Path | None = None, routers: dict | None = None) -> BaseIndex:
     """The base; with `folder`, its blobs are written there."""
     rng = np.random.default_rng(0)
-    write = (lambda data: _blob(folder, data)) if folder else (lambda data: Blob(sha256="0" * 64, bytes=len(data)))
+    write = (
+        (lambda data: _blob(folder, data))
+        if folder
+        else (lambda data: Blob(sha256="0" * 64, bytes=len(data)))
+    )
     if routers is None:
         routers = {layer: rng.normal(size=(EXPERTS, HIDDEN)) for layer in LAYERS}
-    dense = tensors.encode({f"layers.{layer}.router": r.astype(np.float16) for layer, r in routers.items()})
+    dense = tensors.encode(
+        {f"layers.{layer}.router": r.astype(np.float16) for layer, r in routers.items()}
+    )
     experts = []
     for _ in LAYERS:
         row = []
@@ -89,14 +95,21 @@ def shape(slots: tuple[int, ...]) -> Shape:
     return Shape(batch=2, sequence=16, answers=1, rank=RANK, group=8, slots=slots)
 
 
-def build(folder: Path, profiles: dict[str, tuple[int, ...]], routers: dict | None = None) -> BaseIndex:
+def build(
+    folder: Path, profiles: dict[str, tuple[int, ...]], routers: dict | None = None
+) -> BaseIndex:
     """Write a store with one manifest per profile (name -> slots per layer)."""
     blobs = folder / "blobs"
     blobs.mkdir(parents=True)
     base = base_index(blobs, routers)
     (folder / "base.json").write_bytes(manifest.to_json(base))
     program = Program(
-        blob=_blob(blobs, b"program"), method="forward", inputs=(), parameters=(), outputs=(), arena_bytes=0
+        blob=_blob(blobs, b"program"),
+        method="forward",
+        inputs=(),
+        parameters=(),
+        outputs=(),
+        arena_bytes=0,
     )
     plan = MemoryPlan(budget=1, arena=0, inputs=0, parameters=0, optimizer=0, outputs=0, runtime=0)
     for name, slots in profiles.items():

@@ -1,0 +1,101 @@
+"""Who trains which experts in the round that opens: device facts -> leases and their adapter slices on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.manifest import BaseIndex
+from protocol.messages import Lease
+from server import adapters, choose_experts
+from server.choose_experts import Floats
+from server.rounds import OpenRound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What every lease of a run has in common, and how experts are chosen."""
+
+    run: str
+    steps: int
+    learning_rate: float
+    router_learning_rate: float
+    deadline: float
+    seed: int
+    exploration: float
+    coverage: float
+
+
+def lease_id(run: str, round: int, device: str, attempt: int) -> str:
+    """Id of a lease: also a file name and a topic level, so at most 64 characters.
+
+    >>> lease_id("ab12", 3, "pixel-1", 1)
+    'ab12-3-pixel-1-1'
+    >>> len(lease_id("0123abcd", 99999, "x" * 64, 1)) <= 64
+    True
+    """
+    if len(device) > 36:
+        device = f"{device[:24]}-{hashlib.sha256(device.encode()).hexdigest()[:11]}"
+    return f"{run}-{round}-{device}-{attempt}"
+
+
+def select(
+    command: OpenRound,
+    slots: Mapping[str, tuple[int, ...]],
+    known: Mapping[str, Floats],
+    trained_counts: NDArray[np.int64] | None,
+    base: BaseIndex,
+    terms: Terms,
+) -> dict[str, list[list[int]]]:
+    """Experts per device and layer; the base's own routing stands in for a device without statistics."""
+    prior = np.asarray(base.routing_prior, np.float64)
+    value = {device: known.get(device, prior) for device in slots}
+    if trained_counts is not None and command.work == "train":
+        bonus = choose_experts.exploration_bonus(trained_counts, command.round, terms.exploration)
+        value = {device: v + bonus for device, v in value.items()}
+    # The last round only measures: every device holds what is best for itself.
+    coverage = 0.0 if command.work == "evaluate" else terms.coverage
+    return choose_experts.choose(value, slots, top_k=base.top_k, coverage=coverage, seed=terms.seed)
+
+
+def write_leases(
+    command: OpenRound,
+    chosen: Mapping[str, list[list[int]]],
+    *,
+    base: BaseIndex,
+    terms: Terms,
+    version: int,
+    adapter_folder: Path,
+    blob_folder: Path,
+) -> dict[str, Lease]:
+    """Make the leases of a round; slices of adapter `version` are written to `blob_folder`."""
+    adapter = adapters.read_version(adapter_folder, version)
+    train = command.work == "train"
+    leases: dict[str, Lease] = {}
+    for device, experts in chosen.items():
+        resident = {str(layer): tuple(experts[i]) for i, layer in enumerate(base.moe_layers)}
+        seed = np.random.SeedSequence([terms.seed, command.round, *device.encode()])
+        leases[device] = Lease(
+            lease=lease_id(terms.run, command.round, device, 1),
+            run=terms.run,
+            round=command.round,
+            attempt=1,
+            work=command.work,
+            base_version=version,
+            resident=resident,
+            trained=resident if train else {},
+            adapter=adapters.write_blob(blob_folder, adapters.slice_for(adapter, resident)),
+            steps=terms.steps if train else 0,
+            learning_rate=terms.learning_rate,
+            router_learning_rate=terms.router_learning_rate,
+            seed=int(seed.generate_state(1)[0]),
+            seconds=terms.deadline,
+            nonce=secrets.token_hex(8),
+        )
+    return leases

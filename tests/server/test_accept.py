@@ -1,0 +1,165 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import names, update
+from protocol.manifest import Blob
+from protocol.messages import Lease
+from server.accept import UpdateRejected, accept, max_update_bytes
+from tests.server.fake_device import FACTS, made_up_stats, made_up_tensors
+from tests.server.tiny_store import RANK, base_index
+
+BASE = base_index()
+LEASE = Lease(
+    lease="r-1-a-1", run="r", round=1, attempt=1, work="train", base_version=3,
+    resident={"0": (0, 2), "1": (1, 3)}, trained={"0": (0, 2), "1": (1,)},
+    adapter=Blob(sha256="0" * 64, bytes=1), steps=2, learning_rate=1e-3, router_learning_rate=1e-4,
+    seed=0, seconds=1.0, nonce="n",
+)  # fmt: skip
+A = names.lora(0, 0, "gate_up", "lora_A")
+
+
+def parts():
+    return made_up_tensors(LEASE, BASE, RANK, 1), made_up_stats(LEASE, BASE, FACTS.tokens, 1)
+
+
+def check(data, lease=LEASE, version=3):
+    return accept(data, lease, BASE, rank=RANK, tokens_per_step=32, version=version)
+
+
+def test_a_good_update_passes():
+    tensors, stats = parts()
+    got = check(update.pack(tensors, stats, FACTS))
+    assert got.facts == FACTS
+    assert got.trained_tokens.sum() > 0
+    np.testing.assert_array_equal(got.tensors[A], tensors[A])
+
+
+def drop(t, s):
+    del t[A]
+
+
+def add(t, s):
+    t[names.router_row(1, 3)] = np.zeros(BASE.hidden, np.float32)  # resident, but not to be trained
+
+
+def reshape(t, s):
+    t[A] = t[A].T.copy()
+
+
+def retype(t, s):
+    t[A] = t[A].astype(np.float64)
+
+
+def nan(t, s):
+    t[A][0, 0] = np.nan
+
+
+def infinite(t, s):
+    s["mass"][0, 0] = np.inf
+
+
+def huge(t, s):
+    t[A][:] = 1e4
+
+
+def negative(t, s):
+    s["top"][0, 0] = -1
+
+
+def invented(t, s):
+    s["mass"] *= 100
+
+
+def greedy(t, s):
+    s["trained_tokens"][0, 0] = 1e6
+
+
+def elsewhere(t, s):
+    s["trained_tokens"][1, 3] = 1
+
+
+def small_stats(t, s):
+    s["mass"] = s["mass"][:1]
+
+
+CASES = {
+    drop: "1 tensors missing, first: layers.0.experts.0.gate_up.lora_A",
+    add: "1 tensors not asked for, first: 'layers.1.router.3'",
+    reshape: r"lora_A: shape \(16, 2\) found, \(2, 16\) wanted",
+    retype: "lora_A: float64 found, float32 wanted",
+    nan: "lora_A: NaN or infinity",
+    infinite: "mass: NaN or infinity",
+    huge: "root mean square 1e\\+04, at most 8.0 wanted",
+    negative: "stats.top: negative",
+    invented: "more than the 64 tokens",
+    greedy: "more than the 64 tokens of the lease",
+    elsewhere: "an expert that was not trained",
+    small_stats: r"mass: shape \(1, 4\) found",
+}
+
+
+@pytest.mark.parametrize("spoil", CASES, ids=lambda f: f.__name__)
+def test_refused_with_one_clear_line(spoil):
+    tensors, stats = parts()
+    spoil(tensors, stats)
+    with pytest.raises(UpdateRejected, match=CASES[spoil]) as caught:
+        check(update.pack(tensors, stats, FACTS))
+    assert "\n" not in str(caught.value)
+
+
+def test_stale_version():
+    with pytest.raises(UpdateRejected, match="stale: trained from version 3, now 4"):
+        check(update.pack(*parts(), FACTS), version=4)
+
+
+def test_trained_must_be_resident():
+    with pytest.raises(UpdateRejected, match="not among the resident"):
+        check(b"", replace(LEASE, trained={"0": (1,)}))
+
+
+def test_facts_of_another_base():
+    with pytest.raises(UpdateRejected, match="missed mass of 1 layers, 2 wanted"):
+        check(update.pack(*parts(), replace(FACTS, missed_mass=(0.0,))))
+    with pytest.raises(UpdateRejected, match="negative count"):
+        check(update.pack(*parts(), replace(FACTS, steps=-1)))
+
+
+def test_too_large():
+    tensors, stats = parts()
+    tensors["padding"] = np.zeros(10**6, np.float32)
+    with pytest.raises(UpdateRejected, match="bytes of tensors, at most"):
+        check(update.pack(tensors, stats, FACTS))
+
+
+def test_the_size_limit_leaves_room_for_every_good_update():
+    data = update.pack(*parts(), FACTS)
+    assert len(data) <= max_update_bytes(LEASE.trained, BASE, RANK)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused_in_one_line(data):
+    with pytest.raises(UpdateRejected):
+        check(data)
+
+
+GOOD = update.pack(*parts(), FACTS)
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
+def test_a_flipped_byte_never_raises_anything_else(position, mask):
+    data = bytearray(GOOD)
+    data[position] ^= mask
+    try:
+        check(bytes(data))
+    except UpdateRejected:
+        pass
+
+
+@given(st.integers(0, len(GOOD) - 1))
+def test_a_truncated_update_is_refused(length):
+    with pytest.raises(UpdateRejected):
+        check(GOOD[:length])

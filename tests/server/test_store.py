@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from protocol.manifest import Blob
+from protocol.messages import Lease
+from server.adapters import map_tensors, read_version, slice_for, write_blob, write_version
+from server.store import StateError, Store
+from tests.server.fake_device import FACTS
+
+
+def lease(device, round=1):
+    return Lease(
+        lease=f"r-{round}-{device}-1", run="r", round=round, attempt=1, work="train", base_version=0,
+        resident={"0": (1,)}, trained={"0": (1,)}, adapter=Blob(sha256="0" * 64, bytes=1), steps=1,
+        learning_rate=1.0, router_learning_rate=1.0, seed=0, seconds=1.0, nonce="n",
+    )  # fmt: skip
+
+
+def test_everything_is_there_after_a_reopening(tmp_path):
+    store = Store(tmp_path, "base")
+    run = store.run
+    token = store.register("a", "p", 5)
+    assert store.register("a", "q", 6) == token
+    store.open_round(1, [("a", lease("a")), ("b", lease("b"))])
+    store.accept("r-1-a-1", 99, 12.0, FACTS)
+    store.reject(1, "b", "NaN", "r-1-b-1")
+    store.close()
+
+    store = Store(tmp_path, "base")
+    assert (store.run, store.number("round"), store.get("phase")) == (run, 1, "open")
+    assert (store.devices()["a"].profile, store.devices()["a"].rows) == ("q", 6)
+    rows = store.leases(1)
+    assert {d: (r.state, r.bytes, r.reason) for d, r in rows.items()} == {
+        "a": ("accepted", 99, ""), "b": ("rejected", 0, "NaN"),
+    }  # fmt: skip
+    assert rows["a"].facts == FACTS
+    assert rows["a"].lease == lease("a")
+    assert store.rejections() == store.rejections(1) == [{"device": "b", "reason": "NaN"}]
+    store.close_round(1, 4, "{}", {"a": np.ones((1, 2))}, np.full((1, 2), 3), over=False)
+    assert (store.number("round"), store.number("version"), store.get("phase")) == (2, 4, "waiting")
+    np.testing.assert_array_equal(store.values()["a"], np.ones((1, 2)))
+    np.testing.assert_array_equal(store.trained_counts(), [[3, 3]])
+    store.close()
+
+
+def test_an_accepted_update_stays_accepted(tmp_path):
+    store = Store(tmp_path, "base")
+    store.open_round(1, [("a", lease("a"))])
+    store.accept("r-1-a-1", 1, 1.0, FACTS)
+    store.reject(1, "a", "late", "r-1-a-1")
+    store.accept("r-1-a-1", 2, 2.0, FACTS)
+    assert (store.leases(1)["a"].state, store.leases(1)["a"].bytes) == ("accepted", 1)
+    store.close()
+
+
+def test_a_failed_transaction_leaves_nothing(tmp_path):
+    store = Store(tmp_path, "base")
+    store.open_round(1, [("a", lease("a"))])
+    with pytest.raises(Exception, match="UNIQUE"):
+        store.open_round(2, [("b", lease("b", 2)), ("a", lease("a"))])
+    assert (store.number("round"), store.leases(2)) == (1, {})
+    store.close()
+
+
+def test_the_state_of_another_base_is_refused(tmp_path):
+    Store(tmp_path, "base").close()
+    with pytest.raises(StateError, match="state of base base, the store has other"):
+        Store(tmp_path, "other")
+
+
+def test_what_is_not_a_database_is_refused(tmp_path):
+    (tmp_path / "state.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(StateError, match="file is not a database"):
+        Store(tmp_path, "base")
+
+
+def test_versions_and_slices(tmp_path):
+    adapter = {f"layers.0.experts.{e}.{p}.{f}": np.full((2, 3), e, np.float32)
+               for e in (0, 1) for p in ("gate_up", "down") for f in ("lora_A", "lora_B")}  # fmt: skip
+    adapter |= {f"layers.0.router.{e}": np.full(3, e, np.float32) for e in (0, 1)}
+    write_version(tmp_path, 3, adapter, {"x.txt": b"x"})
+    write_version(tmp_path, 3, adapter, {})  # the remains of a round that was not committed
+    assert not (tmp_path / "3" / "x.txt").exists()
+    read = read_version(tmp_path, 3)
+    assert all(np.array_equal(read[k], adapter[k]) for k in adapter)
+    assert not read["layers.0.router.1"].flags.writeable
+    blob = write_blob(tmp_path / "blobs", slice_for(read, {"0": (1,)}))
+    part = map_tensors(tmp_path / "blobs" / blob.sha256)
+    assert len(part) == 5
+    assert set(part) == {k for k in adapter if ".1" in k}
