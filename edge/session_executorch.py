@@ -12,7 +12,10 @@ from typing import Any
 import executorch.kernels.quantized  # noqa: F401  registers embedding_4bit
 import numpy as np
 import torch
-from executorch.extension.pybindings.portable_lib import _load_for_executorch
+from executorch.extension.pybindings.portable_lib import (
+    _load_for_executorch,
+    _load_for_executorch_from_buffer,
+)
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -33,18 +36,25 @@ from protocol.manifest import Blob, Program
 class _Program:
     """A loaded program and the inputs that stay the same from step to step."""
 
-    def __init__(self, artifact: Artifact, program: Program, resident: Resident) -> None:
+    def __init__(
+        self, artifact: Artifact, program: Program, resident: Resident, *, writable: bool
+    ) -> None:
         self.spec, self.resident = program, resident
         self.constant = _constant_inputs(artifact, program, resident)
         path = artifact.path(program.blob)
         try:
-            # From a path: a buffer would have to be kept alive, and the file is mapped rather than read.
-            self.module = _load_for_executorch(str(path))
+            # Parameters are part of the program: in a mapped file they are read-only, and writing to them is a
+            # segmentation fault. The runtime does not copy the buffer: it has to live as long as the module.
+            self._buffer = path.read_bytes() if writable else b""
+            self.module = (
+                _load_for_executorch_from_buffer(self._buffer)
+                if writable
+                else _load_for_executorch(str(path))
+            )
         except (RuntimeError, OSError) as error:
             raise SessionError(f"{path}: the runtime refuses the program: {error}") from error
         # torch tensors over the same memory, made once.
         self._fixed = {name: torch.from_numpy(value) for name, value in self.constant.items()}
-        self._checked = False
 
     def run(self, given: Mapping[str, NDArray[Any]]) -> list[torch.Tensor]:
         """Call the program; the outputs are aliases of its memory."""
@@ -66,6 +76,7 @@ class _Program:
     def close(self) -> None:
         """Drop the program, then its inputs."""
         del self.module
+        del self._buffer
         self._fixed = {}
         self.constant = {}
 
@@ -109,7 +120,7 @@ class ExecuTorchTraining:
 
     def __init__(self, artifact: Artifact, resident: Resident) -> None:
         manifest = artifact.manifest
-        self._program = _Program(artifact, manifest.train, resident)
+        self._program = _Program(artifact, manifest.train, resident, writable=True)
         method = manifest.train.method
         module = self._program.module
         try:
@@ -169,7 +180,7 @@ class ExecuTorchEvaluation:
     """`evaluate.pte`: logits and routing statistics; the adapter is an input."""
 
     def __init__(self, artifact: Artifact, resident: Resident) -> None:
-        self._program = _Program(artifact, artifact.manifest.evaluate, resident)
+        self._program = _Program(artifact, artifact.manifest.evaluate, resident, writable=False)
         # The full router follows the adapter, so that it is no constant.
         self._routers = {
             layer: self._program.constant[f"layers.{layer}.router_all"] for layer in resident
