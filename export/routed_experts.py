@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 # The first import declares quantized_decomposed::embedding_4bit, the second brings its kernel.
-import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
+import executorch.exir.passes._quant_patterns_and_replacements
 import executorch.kernels.quantized  # noqa: F401
 import torch
 import torch.nn.functional as F

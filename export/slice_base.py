@@ -116,8 +116,9 @@ def slice_base(
             )
         dense[name] = value.to(torch.float16).numpy()
     for layer in layers:
+        # Routers stay exact: an adapter carries them whole, base rows and change.
         router = checkpoint.tensor(family.router.format(layer=layer))
-        dense[f"layers.{layer}.router"] = router.to(torch.float16).numpy()
+        dense[f"layers.{layer}.router"] = router.numpy()
     base = dataclasses.replace(base, experts=tuple(rows), dense=store.put(tensors.encode(dense)))
     advance("dense")
     return dataclasses.replace(base, base=hashlib.sha256(to_json(base)).hexdigest())
