@@ -109,6 +109,18 @@ def _cosines(names: list[str], values: list[list[list[float]]]) -> str:
     return _table(["", *names], rows)
 
 
+def totals(training: list[dict[str, Any]]) -> dict[str, int]:
+    """Steps, tokens and seconds of a log whose counts start again where training was resumed.
+
+    >>> part = {"step": 5, "tokens": 50, "seconds": 7}
+    >>> totals([part, {"step": 9, "tokens": 90, "seconds": 12}, part])
+    {'step': 14, 'tokens': 140, 'seconds': 19}
+    """
+    following = [*training[1:], {"step": 0}]
+    last = [a for a, b in zip(training, following, strict=True) if b["step"] <= a["step"]]
+    return {key: sum(entry[key] for entry in last) for key in ("step", "tokens", "seconds")}
+
+
 def card(
     result: dict[str, Any],
     training: list[dict[str, Any]],
@@ -125,7 +137,7 @@ def card(
     config : the model's configuration
     window, context : tokens per window, and how many of them at least come before a scored token
     """
-    last, routing = training[-1], result["routing"]
+    spent, routing = totals(training), result["routing"]
     d, f = config["hidden_size"], config["intermediate_size"]
     layers, experts = config["num_hidden_layers"], config["num_experts"]
     k, total = config["num_experts_per_tok"], result["parameters"]
@@ -139,13 +151,13 @@ def card(
         total=total / 1e6,
         active=(total - layers * (experts - k) * 3 * d * f) / 1e6,
         seen=result["training_tokens"] / 1e6,
-        steps=last["step"],
-        rows=round(last["tokens"] / last["step"] / (SEQUENCE + 1)),
+        steps=spent["step"],
+        rows=round(spent["tokens"] / spent["step"] / (SEQUENCE + 1)),
         sequence=SEQUENCE,
-        tokens=last["tokens"] / 1e6,
-        minutes=last["seconds"] / 60,
+        tokens=spent["tokens"] / 1e6,
+        minutes=spent["seconds"] / 60,
         mix=", ".join(f"{domain} {share:.0%}" for domain, share in MIX.items()),
-        loss=last["loss"],
+        loss=training[-1]["loss"],
         window=window,
         context=context,
         results=_results(result["texts"]),

@@ -106,7 +106,10 @@ def test_card_holds_the_figures(tiny):
             "idle_experts": [0, 3],
         },
     }
-    training = [{"step": 10, "tokens": 10 * 24 * 257, "seconds": 120, "loss": 3.456}]
+    # Resumed once: the counts of both parts are added.
+    training = [
+        {"step": s, "tokens": s * 24 * 257, "seconds": 120, "loss": 3.456} for s in (3, 6, 4)
+    ]
     text = card(result, training, tiny.config.to_dict(), 256, 128)
     for wanted in (
         "| fiction (held out) | 77 | 3.000 | 1.875 | 1.500 |",
@@ -114,6 +117,7 @@ def test_card_holds_the_figures(tiny):
         "| fiction | 1.00 | 0.60 |",
         "| fiction | 1.00 | 0.20 |",
         "10 steps of 24 sequences of 256 tokens",
+        "in 4 minutes on a CPU",
         "CC BY-SA 4.0",
         "by layer: 0.25, 0.50. Experts",
         "by layer: 0, 3.",
