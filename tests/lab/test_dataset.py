@@ -47,7 +47,7 @@ def test_test_rows_are_on_no_device_and_balanced():
 
 
 def _write(path, rows):
-    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")  # noqa: SIM115
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
     with opened as file:
         file.write("\n".join(rows))
 

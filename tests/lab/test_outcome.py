@@ -110,7 +110,10 @@ def test_sums_peaks_and_experts(result):
 
 
 def test_not_measured_is_not_zero():
-    history = [line(0, "profile", 0, {"a": facts(-1.0)}), line(1, "train", 1, {"a": facts(-1.0, 2)})]
+    history = [
+        line(0, "profile", 0, {"a": facts(-1.0)}),
+        line(1, "train", 1, {"a": facts(-1.0, 2)}),
+    ]
     found = outcome.gather(
         name="t", data="d", test_rows=0, labels=1, batch=1, layers=(0, 1), experts=3,
         history=history, scores={}, predicted={},
