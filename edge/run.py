@@ -281,7 +281,7 @@ def facts_of(
     """The numbers that go with an update."""
     down = device.cache.bytes_down
     facts = update.Facts(
-        rows=len(device.rows),
+        rows=len(data.split_rows(device.rows)[0]),
         tokens=result.tokens,
         steps=result.steps,
         loss_first=result.losses[0],

@@ -1,0 +1,167 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge import data
+from edge.data import DataError, Row
+from protocol.messages import Task
+
+LABELS = ("sport", "science", "finance")
+
+
+def write(path, rows):
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
+    with opened as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_rows_are_read(tmp_path, name):
+    path = write(tmp_path / name, [{"t": "a", "y": 1}, {"t": "b", "y": "x"}])
+    assert data.read_rows(path, "t", "y") == [Row("a", "1"), Row("b", "x")]
+    assert data.read_rows(path, "t", None) == [Row("a"), Row("b")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"text": "a", "label": "x"}\n{"text": "b"}\n', r"rows.jsonl:2: no field 'label'"),
+        (b'{"text": 1.5, "label": "x"}\n', "'text' is float"),
+        (b"[1]\n", "list found"),
+        (b"\xff\xfe\n", "rows.jsonl:1: not a line of JSON"),
+        (b'{"text": "a", "label"', "rows.jsonl:1: not a line of JSON"),
+        (b"\n\n", "no rows"),
+        (b"[" * 100000, "not a line of JSON"),
+    ],
+)
+def test_unreadable_rows_are_named(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        data.read_rows(path, "text", "label")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        data.read_rows(tmp_path / "none.jsonl", "text", None)
+    with pytest.raises(DataError, match="cannot be read"):
+        data.read_rows(tmp_path, "text", None)
+    whole = write(tmp_path / "rows.jsonl.gz", [{"text": str(i)} for i in range(500)]).read_bytes()
+    for name, content in (("cut.jsonl.gz", whole[:-20]), ("plain.jsonl.gz", b"{}\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            data.read_rows(tmp_path / name, "text", None)
+
+
+def test_bad_labels_name_the_nearest():
+    rows = [Row("a", "sport"), Row("b", "sports")]
+    with pytest.raises(DataError, match=r"row 2 has the label 'sports'; did you mean 'sport'\?"):
+        data.check_labels(rows, LABELS, "f")
+    with pytest.raises(DataError, match="name the field"):
+        data.check_labels([Row("a")], LABELS, "f")
+    data.check_labels([Row("a")], (), "f")
+
+
+def test_the_split_is_stable_and_holds_back_a_fifth():
+    rows = [Row(f"row {i}") for i in range(2000)]
+    train, held = data.split_rows(rows)
+    assert len(train) + len(held) == 2000
+    assert 320 < len(held) < 480
+    assert data.split_rows(held) == ([], held)
+    assert data.first_by_hash(held, 9) == data.first_by_hash(held[::-1], 9)
+
+
+def test_labels_are_their_own_words_when_they_begin_differently(tokenizer):
+    found = data.verbalise(LABELS, tokenizer, 2)
+    assert not found.codes
+    assert [len(a) for a in found.answers] == [min(2, len(data.encode(tokenizer, " " + x))) for x in LABELS]
+    assert len(set(found.first.tolist())) == 3
+
+
+def test_labels_that_begin_alike_get_codes(tokenizer):
+    labels = ("play music", "play radio", "stop")
+    found = data.verbalise(labels, tokenizer, 2)
+    assert found.codes
+    assert found == data.verbalise(labels, tokenizer, 2)
+    assert len(set(found.first.tolist())) == 3
+    assert all(len(a) == 1 for a in found.answers)
+
+
+def test_too_many_labels_for_codes(tokenizer):
+    labels = tuple(f"same {i}" for i in range(5000))
+    with pytest.raises(DataError, match="5000 labels, but only"):
+        data.verbalise(labels, tokenizer, 2)
+
+
+def prompts(tokenizer, labels=LABELS, batch=2, sequence=24, answers=2):
+    return data.prompter(tokenizer, Task(labels=labels), batch, sequence, answers)
+
+
+def test_a_row_ends_in_its_answer(tokenizer):
+    p = prompts(tokenizer)
+    batch = p.assemble([Row("the team", "science")], None)
+    tokens = [*data.encode(tokenizer, "Text: the team"), *data.encode(tokenizer, "\nTopic:")]
+    answer = data.encode(tokenizer, " science")[:2]
+    n = len(tokens) + len(answer)
+    assert batch.tokens[0, :n].tolist() == [*tokens, *answer]
+    assert batch.valid[0].tolist() == [1.0] * n + [0.0] * (24 - n)
+    assert batch.positions[0, 0] == len(tokens) - 1
+    assert batch.targets[0, : len(answer)].tolist() == answer
+    assert batch.weights[0].tolist() == [1.0] * len(answer) + [0.0] * (2 - len(answer))
+    assert batch.labels.tolist() == [1, -1]
+    assert batch.valid[1].sum() == batch.weights[1].sum() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=300), label=st.sampled_from(LABELS), second=st.booleans())
+def test_every_text_fits_and_targets_are_what_follows(tokenizer, text, label, second):
+    p = prompts(tokenizer)
+    rows = [Row("x", "sport"), Row(text, label)] if second else [Row(text, label)]
+    batch = p.assemble(rows, None)
+    flat = batch.tokens.reshape(-1)
+    for place, target, weight in zip(
+        batch.positions.reshape(-1), batch.targets.reshape(-1), batch.weights.reshape(-1), strict=True
+    ):
+        if weight:
+            assert flat[place + 1] == target
+            assert batch.valid.reshape(-1)[place + 1] == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=300), seed=st.none() | st.integers(0, 99))
+def test_plain_text_is_scored_where_it_lies(tokenizer, text, seed):
+    p = prompts(tokenizer, labels=(), answers=5)
+    rng = None if seed is None else np.random.default_rng(seed)
+    batch = p.assemble([Row(text)], rng)
+    length = int(batch.valid[0].sum())
+    assert batch.weights[0].sum() == min(5, max(0, length - 1))
+    for place, target, weight in zip(
+        batch.positions[0], batch.targets[0], batch.weights[0], strict=True
+    ):
+        if weight:
+            assert batch.tokens[0, place + 1] == target
+            assert place + 1 < length
+
+
+def test_training_batches_pass_over_all_rows(tokenizer):
+    rows = [Row(f"text {i}", "sport") for i in range(5)]
+    p = prompts(tokenizer)
+    batches = list(data.training_batches(p, rows, 5, np.random.default_rng(0)))
+    assert len(batches) == 5
+    seen = [tuple(t) for b in batches for t in b.tokens]
+    assert {seen.count(t) for t in seen} == {2}
+    again = list(data.training_batches(p, rows, 5, np.random.default_rng(0)))
+    assert all((a.tokens == b.tokens).all() for a, b in zip(batches, again, strict=True))
+    assert sum(b.valid.any(1).sum() for b in data.evaluation_batches(p, rows)) == 5
+
+
+def test_a_template_that_leaves_no_room(tokenizer):
+    task = Task(template="{text}" + " very long question" * 9, labels=LABELS)
+    p = data.prompter(tokenizer, task, 1, 24, 2)
+    with pytest.raises(DataError, match="leave no room"):
+        p.assemble([Row("a", "sport")], None)

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from edge.session import Batch, LayerStats
+from edge.statistics import RoutingSums, Score
+
+
+def batch(labels, targets, weights):
+    rows, answers = np.shape(targets)
+    return Batch(
+        np.zeros((rows, 4), np.int64),
+        np.ones((rows, 4), np.float32),
+        np.zeros((rows, answers), np.int64),
+        np.array(targets, np.int64),
+        np.array(weights, np.float32),
+        np.array(labels, np.int64),
+    )
+
+
+def test_sums_land_on_global_experts():
+    sums = RoutingSums((1, 3), 4, {1: (2, 0), 3: (1,)})
+    one = LayerStats(
+        np.array([1, 2, 3, 4], np.float32), np.ones(4, np.float32), -np.ones(4, np.float32),
+        2.0, np.array([5, 6], np.float32),
+    )  # fmt: skip
+    three = LayerStats(*(np.zeros(4, np.float32),) * 3, 0.0, np.array([7], np.float32))
+    b = batch([0, -1], [[0], [0]], [[1], [0]])
+    sums.add(b, {1: one, 3: three})
+    sums.add(b, {1: one, 3: three})
+    sums.add_routed({1: np.array([10, 20], np.float32), 3: np.array([5], np.float32)}, {1: [1], 3: []})
+    arrays = sums.arrays()
+    assert arrays["mass"].tolist() == [[2, 4, 6, 8], [0, 0, 0, 0]]
+    assert arrays["output_norm"].tolist() == [[12, 0, 10, 0], [0, 14, 0, 0]]
+    assert arrays["trained_tokens"].tolist() == [[0, 0, 10, 0], [0, 5, 0, 0]]
+    assert sums.tokens == 16
+    assert sums.missed_mass() == (4 / 16, 0.0)
+
+
+def test_loss_and_accuracy_by_hand():
+    score = Score()
+    logits = np.zeros((2, 1, 4), np.float32)
+    logits[0, 0, 2] = np.log(3)  # 3 / (3 + 1 + 1 + 1)
+    logits[1, 0, 0] = 100  # not a label's token
+    logits[1, 0, 1] = 1
+    score.add(logits, batch([1, -1], [[2], [0]], [[1], [0]]), np.array([1, 2]))
+    assert score.loss == pytest.approx(np.log(2))
+    assert score.accuracy == 1
+    score.add(logits, batch([1, 1], [[2], [2]], [[1], [0]]), np.array([1, 2]))
+    assert score.accuracy == pytest.approx(2 / 3)
+    assert Score().accuracy == -1
+    assert Score().loss == 0
