@@ -7,7 +7,10 @@ from edge.adamw import AdamW
 
 def test_it_is_torch_adamw_with_clipping():
     rng = np.random.default_rng(0)
-    ours = {"a": rng.normal(size=(3, 4)).astype(np.float32), "r": rng.normal(size=5).astype(np.float32)}
+    ours = {
+        "a": rng.normal(size=(3, 4)).astype(np.float32),
+        "r": rng.normal(size=5).astype(np.float32),
+    }
     theirs = {n: torch.nn.Parameter(torch.from_numpy(v.copy())) for n, v in ours.items()}
     optimizer = AdamW({"a": 1e-2, "r": 1e-3})
     reference = torch.optim.AdamW(
@@ -15,7 +18,9 @@ def test_it_is_torch_adamw_with_clipping():
         weight_decay=0.0,
     )
     for scale in (0.01, 5.0, 0.3, 100.0, 1e-4):
-        gradients = {n: (rng.normal(size=v.shape) * scale).astype(np.float32) for n, v in ours.items()}
+        gradients = {
+            n: (rng.normal(size=v.shape) * scale).astype(np.float32) for n, v in ours.items()
+        }
         for n, p in theirs.items():
             p.grad = torch.from_numpy(gradients[n].copy())
         wanted = torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.0)

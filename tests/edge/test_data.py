@@ -79,7 +79,9 @@ def test_the_split_is_stable_and_holds_back_a_fifth():
 def test_labels_are_their_own_words_when_they_begin_differently(tokenizer):
     found = data.verbalise(LABELS, tokenizer, 2)
     assert not found.codes
-    assert [len(a) for a in found.answers] == [min(2, len(data.encode(tokenizer, " " + x))) for x in LABELS]
+    assert [len(a) for a in found.answers] == [
+        min(2, len(data.encode(tokenizer, " " + x))) for x in LABELS
+    ]
     assert len(set(found.first.tolist())) == 3
 
 
@@ -125,7 +127,10 @@ def test_every_text_fits_and_targets_are_what_follows(tokenizer, text, label, se
     batch = p.assemble(rows, None)
     flat = batch.tokens.reshape(-1)
     for place, target, weight in zip(
-        batch.positions.reshape(-1), batch.targets.reshape(-1), batch.weights.reshape(-1), strict=True
+        batch.positions.reshape(-1),
+        batch.targets.reshape(-1),
+        batch.weights.reshape(-1),
+        strict=True,
     ):
         if weight:
             assert flat[place + 1] == target

@@ -27,7 +27,9 @@ def test_sums_land_on_global_experts():
     b = batch([0, -1], [[0], [0]], [[1], [0]])
     sums.add(b, {1: one, 3: three})
     sums.add(b, {1: one, 3: three})
-    sums.add_routed({1: np.array([10, 20], np.float32), 3: np.array([5], np.float32)}, {1: [1], 3: []})
+    sums.add_routed(
+        {1: np.array([10, 20], np.float32), 3: np.array([5], np.float32)}, {1: [1], 3: []}
+    )
     arrays = sums.arrays()
     assert arrays["mass"].tolist() == [[2, 4, 6, 8], [0, 0, 0, 0]]
     assert arrays["output_norm"].tolist() == [[12, 0, 10, 0], [0, 14, 0, 0]]
