@@ -90,14 +90,16 @@ def _die_with(parent: int) -> Callable[[], None]:
     return before_exec
 
 
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
+def _start(command: list[str], log_file: Path) -> subprocess.Popen[bytes]:
     # Popen and not asyncio's: the death signal is tied to the thread that forks, which must be the main thread.
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=_die_with(os.getpid()),
-    )
+    with open(log_file, "wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=_die_with(os.getpid()),
+        )
 
 
 async def _listening(process: subprocess.Popen[bytes], port: int) -> None:
@@ -112,7 +114,9 @@ async def _listening(process: subprocess.Popen[bytes], port: int) -> None:
     raise BrokerError(f"the broker does not listen on port {port} after {READY_SECONDS:.0f} s")
 
 
-async def _supervise(command: list[str], process: subprocess.Popen[bytes], port: int) -> None:
+async def _supervise(
+    command: list[str], log_file: Path, process: subprocess.Popen[bytes], port: int
+) -> None:
     """Restart the broker whenever it dies; end it when cancelled."""
     try:
         while True:
@@ -120,7 +124,7 @@ async def _supervise(command: list[str], process: subprocess.Popen[bytes], port:
             if process.poll() is None:
                 continue
             log.warning("the broker died with code %s, starting it again", process.returncode)
-            process = _start(command)
+            process = _start(command, log_file)
             try:
                 await _listening(process, port)
             except BrokerError as error:
@@ -159,7 +163,8 @@ async def broker(kind: str, folder: Path, port: int) -> AsyncIterator[None]:
         When it cannot be started.
     """
     kind, command = _command(kind, folder, port)
-    process = _start(command)
+    log_file = folder / "broker.log"
+    process = _start(command, log_file)
     try:
         await _listening(process, port)
     except BrokerError:
@@ -167,7 +172,7 @@ async def broker(kind: str, folder: Path, port: int) -> AsyncIterator[None]:
         process.wait()
         raise
     log.info("%s on %s:%d pid=%d", kind, HOST, port, process.pid)
-    task = asyncio.create_task(_supervise(command, process, port), name="broker")
+    task = asyncio.create_task(_supervise(command, log_file, process, port), name="broker")
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol import schema
+from protocol.chunks import CHUNK_BYTES
 from protocol.messages import Task
 from server.broker import KINDS
 
@@ -50,6 +51,7 @@ class Config:
     beta: float = 0.1
     exploration: float = 0.1
     coverage: float = 0.5
+    chunk_bytes: int = CHUNK_BYTES
     upload_budget: int = 64 << 20
     require_token: bool = False
     exit_when_done: bool = False
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("beta", "weight of redundancy against relevance")
     flag("exploration", "bonus for experts that were rarely trained")
     flag("coverage", "share of slots for the experts with the fewest holders")
+    flag("chunk_bytes", "bytes of an update per message")
     flag("upload_budget", "bytes of uploads under way at a time")
     flag("require_token", "serve blobs only to registered devices")
     flag("exit_when_done", "end when the run is over")
@@ -140,6 +143,7 @@ def check(config: Config) -> Config:
         "beta": (0, 100),
         "exploration": (0, 100),
         "coverage": (0, 1),
+        "chunk_bytes": (256, 200 << 10),  # our own broker takes packets of 256 KiB
         "upload_budget": (1, 2**40),
     }
     for name, (low, high) in ranges.items():

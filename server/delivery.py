@@ -36,6 +36,7 @@ class Delivery:
         *,
         state: Path,
         budget_bytes: int,
+        chunk_bytes: int,
         store: Store,
         artifacts: Artifacts,
         say: Say,
@@ -45,6 +46,7 @@ class Delivery:
         """`whole` takes an upload that waits for `finish`; `settled` hears (device, accepted)."""
         self._store, self._artifacts = store, artifacts
         self._say, self._whole, self._settled = say, whole, settled
+        self._chunk_bytes = chunk_bytes
         self._updates = state / "updates"
         self._updates.mkdir(parents=True, exist_ok=True)
         self._uploads = Uploads(state / "uploads", budget_bytes, time.monotonic())
@@ -91,7 +93,7 @@ class Delivery:
             device=device.device,
             size=size,
             sha256=offer.sha256,
-            chunk_bytes=chunks.CHUNK_BYTES,
+            chunk_bytes=self._chunk_bytes,
             now=now,
         )
         if upload is None:
@@ -103,7 +105,6 @@ class Delivery:
             window=uploads.WINDOW,
         )
         self._say(device.device, grant)
-        upload.receipt_at = now
         self._look(upload)
 
     def chunk(self, topic: topics.UpTopic, payload: bytes, now: float) -> None:
@@ -129,7 +130,7 @@ class Delivery:
         for upload in self._uploads.all():
             self._look(upload)  # all there since before a restart
             if now - upload.receipt_at >= uploads.RECEIPT_SECONDS:
-                stalled = now - upload.active >= uploads.RECEIPT_SECONDS
+                stalled = now - upload.chunk_at >= uploads.RECEIPT_SECONDS
                 self._receipt(upload, now, stalled=stalled)
 
     def end_round(self, leases: list[LeaseRow]) -> None:

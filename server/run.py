@@ -59,6 +59,7 @@ class Run:
         self._delivery = Delivery(
             state=config.state,
             budget_bytes=config.upload_budget,
+            chunk_bytes=config.chunk_bytes,
             store=store,
             artifacts=artifacts,
             say=self._say,

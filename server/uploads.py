@@ -50,7 +50,8 @@ class Upload:
 
     granted: Granted
     have: bytearray = field(repr=False)
-    active: float
+    active: float  # last sign of the device
+    chunk_at: float = 0.0
     receipt_at: float = 0.0
     since_receipt: int = 0
     finishing: bool = False
@@ -101,7 +102,7 @@ class Uploads:
         if len(have) != chunks.count(granted.bytes, granted.chunk_bytes):
             self._unlink(path.stem)
             return
-        self._uploads[granted.xfer] = Upload(granted=granted, have=have, active=now)
+        self._uploads[granted.xfer] = _new(granted, have, now)
 
     def all(self) -> list[Upload]:
         """Uploads in progress."""
@@ -130,9 +131,7 @@ class Uploads:
             sha256=sha256,
             chunk_bytes=chunk_bytes,
         )
-        upload = Upload(
-            granted=granted, have=bytearray(chunks.count(size, chunk_bytes)), active=now
-        )
+        upload = _new(granted, bytearray(chunks.count(size, chunk_bytes)), now)
         self._path(xfer, "part").write_bytes(b"")
         self._path(xfer, "have").write_bytes(bytes(upload.have))
         partial = self._path(xfer, "tmp")
@@ -161,7 +160,7 @@ class Uploads:
         wanted = min(granted.chunk_bytes, granted.bytes - offset)
         if len(chunk.body) != wanted:
             raise UploadError(f"chunk {chunk.index} of {len(chunk.body)} bytes, {wanted} wanted")
-        upload.active = now
+        upload.active = upload.chunk_at = now
         upload.since_receipt += 1
         if upload.have[chunk.index] or upload.finishing:
             return upload
@@ -196,6 +195,10 @@ class Uploads:
     def _unlink(self, xfer: str) -> None:
         for kind in ("json", "have", "part", "tmp"):
             self._path(xfer, kind).unlink(missing_ok=True)
+
+
+def _new(granted: Granted, have: bytearray, now: float) -> Upload:
+    return Upload(granted=granted, have=have, active=now, chunk_at=now, receipt_at=now)
 
 
 def _write_at(path: Path, data: bytes, offset: int) -> None:

@@ -87,8 +87,7 @@ def serve(tmp_path, store):
 
     yield start
     for server in servers:
-        if server.process.poll() is None:
-            server.kill()
+        server.kill()
         print("\n".join(server.lines))
 
 

@@ -228,17 +228,16 @@ class FakeDevice:
             replace(FACTS, **facts),
         )
 
-    def offer(self, lease: Lease, data: bytes, **wrong) -> Offer:
+    def offer(self, lease: Lease, data: bytes) -> Offer:
         assert self.welcome is not None
         sha256 = hashlib.sha256(data).hexdigest()
-        fields = {
-            "lease": lease.lease,
-            "device": self.device,
-            "bytes": len(data),
-            "sha256": sha256,
-            "mac": messages.sign(self.welcome.token, lease.lease, lease.nonce, sha256, len(data)),
-        }
-        return Offer(**{**fields, **wrong})
+        return Offer(
+            lease=lease.lease,
+            device=self.device,
+            bytes=len(data),
+            sha256=sha256,
+            mac=messages.sign(self.welcome.token, lease.lease, lease.nonce, sha256, len(data)),
+        )
 
     def grant(self, lease: Lease, data: bytes) -> Grant | Receipt:
         offer = self.offer(lease, data)
