@@ -7,6 +7,7 @@ kernel is in time but counts address space, with an allowance for thread stacks.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
@@ -19,10 +20,11 @@ from pathlib import Path
 MIB = 1 << 20
 EXIT_OVER_BUDGET = 3
 EVERY = 0.02
-STACK = 8 * MIB
-"""glibc's usual thread stack: address space, of which a few pages are touched."""
+SLACK = 64 * MIB
+"""Address space that the runtimes' threads reserve and hardly touch: 41 MiB measured on two cores, 8 MiB a stack."""
+_M_MMAP_THRESHOLD = -3
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|bad_alloc|MemoryAllocationFailed|Cannot allocate memory",
+    r"can't allocate memory|not enough memory|bad_alloc|MemoryAllocationFailed|error: 0x21|Cannot allocate memory",
     re.IGNORECASE,
 )
 
@@ -65,15 +67,14 @@ class MemoryLimit:
         every library imported, so that what earlier leases left behind counts as ours.
         """
         gc.collect()
+        _return_freed_memory()
         _reset_high_water()
         self._peak = 0
         if self.baseline:
             return
         self.baseline = status_bytes("VmRSS")
         if self.enforce == "rlimit":
-            # Threads that the runtimes still start reserve stacks they hardly touch.
-            slack = STACK * ((os.cpu_count() or 1) + 2)
-            limit = status_bytes("VmData") + self.budget + slack
+            limit = status_bytes("VmData") + self.budget + SLACK
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         elif self.enforce != "none":
             _join_cgroup(Path(self.enforce.removeprefix("cgroup:")), self.budget)
@@ -117,6 +118,18 @@ class MemoryLimit:
             if self.enforce != "none" and _NO_MEMORY.search(str(error)):
                 raise OverBudgetError(self.message("more is needed")) from error
             raise
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give large blocks back when they are freed. By itself it raises its threshold with every such block,
+    and the next program then lies beside the holes of the last: 7 MiB of 67 measured in the second lease.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, MIB)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library
 
 
 def _reset_high_water() -> None:

@@ -71,7 +71,10 @@ class _Program:
                     f"program input {spec.name}: {found}, {spec.dtype} {spec.shape} wanted"
                 )
             values.append(torch.from_numpy(np.ascontiguousarray(value)))
-        return list(self.module.run_method(self.spec.method, values, clone_outputs=False))
+        try:
+            return list(self.module.run_method(self.spec.method, values, clone_outputs=False))
+        except RuntimeError as error:
+            raise SessionError(f"program {self.spec.blob.sha256[:12]}: {error}") from error
 
     def close(self) -> None:
         """Drop the program, then its inputs."""
@@ -128,7 +131,9 @@ class ExecuTorchTraining:
             second = module.run_method(f"__et_training_parameters_index_{method}", ())[0]
             names = list(module.run_method(f"__et_training_fqn_{method}", ()))
         except RuntimeError as error:
-            raise SessionError(f"train program: no training methods: {error}") from error
+            raise SessionError(
+                f"program {manifest.train.blob.sha256[:12]}: no training methods: {error}"
+            ) from error
         self._gradients_at, self._parameters_at, self._names = int(first), int(second), names
         wanted = {spec.name: spec.shape for spec in manifest.train.parameters}
         if set(names) != set(wanted):
