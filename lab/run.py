@@ -91,13 +91,13 @@ def settings(args: argparse.Namespace) -> Scenario:
         dataclasses.replace(d, scale_budget=d.scale_budget * args.scale_budget) for d in devices
     )
 
-    def over(section: object, **values: object) -> dict[str, object]:
+    def over(**values: Any) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value is not None}
 
     server = dataclasses.replace(
         found.server,
         min_updates=min(found.server.min_updates, len(devices)),
-        **over(found.server, rounds=args.rounds, steps=args.steps),  # type: ignore[arg-type]
+        **over(rounds=args.rounds, steps=args.steps, learning_rate=args.learning_rate),
     )
     return scenario.check(
         dataclasses.replace(
@@ -106,9 +106,9 @@ def settings(args: argparse.Namespace) -> Scenario:
             server=server,
             artifact=dataclasses.replace(
                 found.artifact,
-                **over(found.artifact, sequence=args.sequence, batch=args.batch),  # type: ignore[arg-type]
+                **over(sequence=args.sequence, batch=args.batch, tokens=args.tokens),
             ),
-            data=dataclasses.replace(found.data, **over(found.data, alpha=args.alpha)),  # type: ignore[arg-type]
+            data=dataclasses.replace(found.data, **over(alpha=args.alpha)),
             seed=found.seed if args.seed is None else args.seed,
         ),
         str(args.scenario),
@@ -317,10 +317,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, help="only the first so many of the scenario")
     parser.add_argument("--rounds", type=int, help="instead of the scenario's")
     parser.add_argument("--steps", type=int, help="instead of the scenario's")
+    parser.add_argument("--learning-rate", type=float, help="instead of the scenario's")
     parser.add_argument("--alpha", type=float, help="skew; smaller is more (scenario's)")
     parser.add_argument("--seed", type=int, help="instead of the scenario's")
     parser.add_argument("--sequence", type=int, help="tokens per row (default: what rows need)")
-    parser.add_argument("--batch", type=int, help="rows per step")
+    parser.add_argument("--batch", type=int, help="rows per step (default: by --tokens)")
+    parser.add_argument("--tokens", type=int, help="tokens per step, instead of the scenario's")
     parser.add_argument(
         "--scale-budget", type=float, default=1.0, help="times every budget of the scenario"
     )
