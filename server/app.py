@@ -47,7 +47,7 @@ async def _broker_of(config: Config, store: Store) -> AsyncIterator[str]:
     port = free_port(store.number("broker_port"))
     store.put(broker_port=port)
     if config.host != HOST:
-        log.warning("the broker listens on %s only; devices elsewhere need --broker mqtt://", HOST)
+        log.warning("our broker listens on %s only; devices elsewhere need --broker mqtt://", HOST)
     async with broker(config.broker, config.state / "broker", port):
         yield f"mqtt://{HOST}:{port}"
 
@@ -102,8 +102,9 @@ async def serve(config: Config) -> None:
             _linked(url, config.fleet, store.run) as link,
         ):
             run = Run(config, artifacts, store, link)
-            async with _listening(make_app(run, url), config) as port:
-                print(f"listening on http://{config.host}:{port} broker {url}", flush=True)
+            for_devices = config.device_broker or parse_url(url).public()
+            async with _listening(make_app(run, for_devices), config) as port:
+                print(f"listening on http://{config.host}:{port} broker {for_devices}", flush=True)
                 link.start()
                 ends = [
                     asyncio.create_task(run.main(), name="run"),

@@ -102,10 +102,16 @@ def _start(command: list[str], log_file: Path) -> subprocess.Popen[bytes]:
         )
 
 
-async def _listening(process: subprocess.Popen[bytes], port: int) -> None:
+def _last_line(log_file: Path) -> str:
+    lines = log_file.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:200] if lines else f"see {log_file}"
+
+
+async def _listening(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
     for _ in range(int(READY_SECONDS / 0.02)):
         if process.poll() is not None:
-            raise BrokerError(f"the broker ended at once with code {process.returncode}")
+            code, said = process.returncode, _last_line(log_file)
+            raise BrokerError(f"the broker ended with code {code}: {said}")
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection(HOST, port)
             writer.close()
@@ -126,7 +132,7 @@ async def _supervise(
             log.warning("the broker died with code %s, starting it again", process.returncode)
             process = _start(command, log_file)
             try:
-                await _listening(process, port)
+                await _listening(process, port, log_file)
             except BrokerError as error:
                 log.warning("%s", error)
                 await asyncio.sleep(1.0)
@@ -166,7 +172,7 @@ async def broker(kind: str, folder: Path, port: int) -> AsyncIterator[None]:
     log_file = folder / "broker.log"
     process = _start(command, log_file)
     try:
-        await _listening(process, port)
+        await _listening(process, port, log_file)
     except BrokerError:
         process.kill()
         process.wait()

@@ -34,6 +34,7 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8470
     broker: str = "auto"
+    device_broker: str = ""
     fleet: str = "home"
     task: Task = Task()
     base_name: str = ""
@@ -83,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("port", "HTTP port, 0 for a free one")
     known = "|".join(["auto", *KINDS])
     flag("broker", f"{known}|mqtt[s]://[user:password@]host:port", metavar="BROKER")
+    flag(
+        "device_broker",
+        "what devices are told, if not --broker less its password",
+        metavar="BROKER",
+    )
     flag("fleet", "name of the fleet, part of every topic")
     p.add_argument(
         "--task", type=Path, metavar="FILE.json", help="what is taught: template, labels"

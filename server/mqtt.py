@@ -37,12 +37,17 @@ class BrokerUrl:
     user: str | None
     password: str | None
 
+    def public(self) -> str:
+        """The URL without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"mqtt{'s' if self.tls else ''}://{host}:{self.port}"
+
 
 def parse_url(url: str) -> BrokerUrl:
     """Read a broker URL; raises BrokerError.
 
-    >>> parse_url("mqtt://127.0.0.1:1884").port
-    1884
+    >>> parse_url("mqtts://server:secret@broker.example").public()
+    'mqtts://broker.example:8883'
     """
     try:
         parts = urlsplit(url)

@@ -5,6 +5,7 @@ Order of every change: files first (os.replace), then the transaction that makes
 
 from __future__ import annotations
 
+import fcntl
 import json
 import secrets
 import sqlite3
@@ -71,22 +72,27 @@ class Store:
     Raises
     ------
     StateError
-        Not a database, or the state of another base.
+        Not a database, the state of another base, or in use by another server.
     """
 
     def __init__(self, folder: Path, base: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        # Released by the kernel when we die, however we die.
+        self._lock = open(folder / "lock", "wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise StateError(f"{folder}: another server is using this state") from error
         path = folder / "state.sqlite"
         try:
-            # check_same_thread: used from the event loop only, but closed from wherever it ends.
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = _connect(path)
         except sqlite3.DatabaseError as error:
+            self._lock.close()
             raise StateError(f"{path}: {error}") from error
         known = self.get("base")
         if known is not None and known != base:
+            self.close()
             raise StateError(f"{folder}: state of base {known[:16]}, the store has {base[:16]}")
         if known is None:
             self._many(
@@ -95,8 +101,9 @@ class Store:
             )
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database and let others use the folder."""
         self._db.close()
+        self._lock.close()
 
     def _many(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
@@ -281,6 +288,19 @@ class Store:
 
 
 _LEASE = "message, device, state, reason, bytes, weight, facts"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # check_same_thread: used from the event loop only, but closed from wherever it ends.
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.executescript(_SCHEMA)
+    except sqlite3.DatabaseError:
+        db.close()
+        raise
+    return db
 
 
 def _put(key: str, value: str | int | float) -> tuple[str, tuple[Any, ...]]:

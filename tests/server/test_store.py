@@ -88,3 +88,11 @@ def test_versions_and_slices(tmp_path):
     part = map_tensors(tmp_path / "blobs" / blob.sha256)
     assert len(part) == 5
     assert set(part) == {k for k in adapter if ".1" in k}
+
+
+def test_two_servers_cannot_share_a_state(tmp_path):
+    store = Store(tmp_path, "base")
+    with pytest.raises(StateError, match="another server is using this state"):
+        Store(tmp_path, "base")
+    store.close()
+    Store(tmp_path, "base").close()
