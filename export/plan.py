@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from export.routed_experts import blocks_needed
+from export.train_graph import BLOCK_ROWS
 from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, TensorSpec
 
 RUNTIME_BYTES = 6 << 20  # the runtime's own tables and the allocator's slack, measured
@@ -58,23 +60,23 @@ def memory(
 
 
 def estimate(base: BaseIndex, shape: Shape) -> int:
-    """Peak bytes before anything is lowered. The arena's coefficients were fitted to lowered programs."""
+    """Peak bytes while training, before anything is lowered; within a few percent of what lowering then says.
+
+    The arena's part: per layer what the backward pass needs of each seated row and of each token, plus one layer's
+    dequantised blocks. The coefficients were fitted to lowered programs (4 to 16 slots, 128 to 1024 tokens).
+    """
     tokens = shape.batch * shape.sequence
     d, f = base.hidden, base.intermediate
-    per_slot = (
-        3 * d * f * 0.5 + 3 * d * f / shape.group * 4 + shape.rank * (2 * d + 3 * f + d) * 4 * 4
-    )
-    experts = sum(shape.slots) * per_slot
-    dense = base.dense.bytes * 2
-    blocks = [(base.top_k * tokens + p * 31) // 32 for p in shape.slots]
-    rows = 32 * max(blocks)
-    saved = (
-        len(shape.slots)
-        * (rows * (2 * d + 6 * f) + tokens * 10 * d + 3 * tokens * shape.sequence * 4)
-        * 4
-    )
-    transient = max(blocks) * 2 * f * d * 4 * 1.3
-    return int(experts + dense + saved + transient + RUNTIME_BYTES + (2 << 20))
+    heads = int(base.config.get("num_attention_heads", 1))
+    layers, slots = len(shape.slots), sum(shape.slots)
+    blocks = [blocks_needed(base.top_k * tokens, p, BLOCK_ROWS) for p in shape.slots]
+    seated = sum(blocks) * BLOCK_ROWS * (2 * d + 6 * f)
+    attended = layers * tokens * (6 * d + 3 * heads * shape.sequence)
+    dequantised = max(blocks) * 2 * f * d * 1.2
+    adapter = slots * (shape.rank * (2 * d + 3 * f + d) + d)
+    packed = slots * 3 * d * f * (0.5 + 4 / shape.group)
+    floats = seated + attended + dequantised + 6 * adapter
+    return int(4 * floats + packed + 2 * base.dense.bytes + RUNTIME_BYTES)
 
 
 def slots_for(threshold: float, prior: NDArray[np.float64], least: int) -> tuple[int, ...]:

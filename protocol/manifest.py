@@ -6,7 +6,7 @@
 
 Blobs. Expert: safetensors with `gate_up.packed` uint8 [2f, d/2], `gate_up.scale` float16 [2f, d/G],
 `down.packed` uint8 [d, f/2], `down.scale` float16 [d, f/G] (see `int4`). Dense: safetensors, float16, every other
-tensor of the checkpoint by its own name, plus `layers.{l}.router` [E, d] for each MoE layer.
+tensor of the checkpoint by its own name, plus `layers.{l}.router` float32 [E, d] for each MoE layer.
 """
 
 from __future__ import annotations

@@ -18,13 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from reference_base.balance import balance, information
 from reference_base.corpus import DOMAINS, END, PAD, documents, encode, train_tokenizer
 
 log = logging.getLogger(__name__)
 VOCABULARY, SEQUENCE = 4096, 256
+BALANCE, INFORMATION = 0.01, 0.02  # weights of the router's auxiliary losses
 # How often a sequence of each domain is drawn. Verse is small and would be over-trained at a quarter.
 MIX = {"fiction": 0.33, "verse": 0.07, "instructions": 0.28, "encyclopedia": 0.32}
 
@@ -43,7 +46,7 @@ def config() -> OlmoeConfig:
         norm_topk_prob=True,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=0.0,
         output_router_logits=False,
         bos_token_id=None,
         eos_token_id=0,
@@ -89,13 +92,15 @@ class Muon(torch.optim.Optimizer):
 
 def batch(
     streams: dict[str, NDArray[np.uint16]], size: int, rng: np.random.Generator
-) -> torch.Tensor:
-    """[size, SEQUENCE + 1] token ids; each row from one domain."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [size, SEQUENCE + 1], each row from one domain, and the rows' domains [size]."""
     rows = []
-    for domain in rng.choice(DOMAINS, size, p=[MIX[d] for d in DOMAINS]):
-        start = rng.integers(0, len(streams[domain]) - SEQUENCE - 1)
-        rows.append(streams[domain][start : start + SEQUENCE + 1].astype(np.int64))
-    return torch.from_numpy(np.stack(rows))
+    domains = rng.choice(len(DOMAINS), size, p=[MIX[d] for d in DOMAINS])
+    for domain in domains:
+        stream = streams[DOMAINS[domain]]
+        start = rng.integers(0, len(stream) - SEQUENCE - 1)
+        rows.append(stream[start : start + SEQUENCE + 1].astype(np.int64))
+    return torch.from_numpy(np.stack(rows)), torch.from_numpy(domains)
 
 
 @torch.no_grad()
@@ -105,6 +110,22 @@ def held_out_loss(model: OlmoeForCausalLM, stream: NDArray[np.uint16], rows: int
     ids = np.stack([stream[i * SEQUENCE : (i + 1) * SEQUENCE] for i in range(count)])
     ids = torch.from_numpy(ids.astype(np.int64))
     return float(model(input_ids=ids, labels=ids).loss)
+
+
+def _fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The saved file holds each expert's matrices by themselves; the model stacks them."""
+    fused = {k: v for k, v in weights.items() if ".experts." not in k}
+    for layer in range(config().num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        each = [
+            {n: weights[f"{prefix}.{e}.{n}_proj.weight"] for n in ("gate", "up", "down")}
+            for e in range(config().num_experts)
+        ]
+        fused[f"{prefix}.gate_up_proj"] = torch.stack(
+            [torch.cat([w["gate"], w["up"]]) for w in each]
+        )
+        fused[f"{prefix}.down_proj"] = torch.stack([w["down"] for w in each])
+    return fused
 
 
 def save(model: OlmoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -118,12 +139,20 @@ def save(model: OlmoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     fast.save_pretrained(out)
 
 
-def pretrain(data: Path, out: Path, minutes: float, rows: int, seed: int) -> None:
-    """Train for `minutes` of wall-clock time; write the model and `training_log.jsonl` to `out`."""
+def pretrain(
+    data: Path, out: Path, minutes: float, rows: int, seed: int, resume: Path | None
+) -> None:
+    """Train for `minutes` of wall-clock time; write the model and `training_log.jsonl` to `out`.
+
+    `resume` goes on from a saved model and its tokenizer; the optimizers start afresh.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     seen, held = documents(data)
-    tokenizer = train_tokenizer((t for texts in seen.values() for t in texts), VOCABULARY)
+    if resume:
+        tokenizer = Tokenizer.from_file(str(resume / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer((t for texts in seen.values() for t in texts), VOCABULARY)
     streams = {d: encode(tokenizer, texts) for d, texts in seen.items()}
     unseen = {d: encode(tokenizer, texts) for d, texts in held.items()}
     log.info("tokens %s", {d: len(s) for d, s in streams.items()})
@@ -131,6 +160,9 @@ def pretrain(data: Path, out: Path, minutes: float, rows: int, seed: int) -> Non
     model = OlmoeForCausalLM._from_config(
         config(), attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
+    if resume:
+        weights = load_file(resume / "model.safetensors")
+        model.load_state_dict(_fused({k: v.float() for k, v in weights.items()}), strict=False)
     model.config.output_router_logits = True
     matrices = [
         p
@@ -153,10 +185,13 @@ def pretrain(data: Path, out: Path, minutes: float, rows: int, seed: int) -> Non
             factor = min(1.0, (step + 1) / 100) * min(1.0, (1 - done) / 0.6)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * factor
-            ids = batch(streams, rows, rng)
+            ids, domains = batch(streams, rows, rng)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
+                out = model(input_ids=ids, labels=ids)
+            loss = out.loss
+            routers, per_token = out.router_logits, domains.repeat_interleave(ids.shape[1])
+            even = balance(routers, config().num_experts_per_tok)
+            (loss + BALANCE * even - INFORMATION * information(routers, per_token)).backward()
             torch.nn.utils.clip_grad_norm_(rest, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -169,6 +204,7 @@ def pretrain(data: Path, out: Path, minutes: float, rows: int, seed: int) -> Non
                     "tokens": tokens,
                     "seconds": round(time.monotonic() - start),
                     "loss": round(running, 4),
+                    "balance": round(float(even), 3),
                     "lr_factor": round(factor, 4),
                 }
                 if step % 500 == 0:
@@ -200,10 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--rows", type=int, default=24, help=f"sequences of {SEQUENCE} per step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="go on from this model directory")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(os.cpu_count() or 1)
-    pretrain(args.data, args.out, args.minutes, args.rows, args.seed)
+    torch.set_num_threads(args.threads)
+    pretrain(args.data, args.out, args.minutes, args.rows, args.seed, args.resume)
     return 0
 
 
