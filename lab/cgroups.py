@@ -51,7 +51,7 @@ def _own(mounts: str, memberships: str) -> tuple[Path, int] | None:
 def _make(own: Path, version: int) -> Path | None:
     if version == 2 and "memory" not in _read(own / "cgroup.subtree_control").split():
         return None  # ours alone to enable only in a group without processes, which ours is not
-    # Groups of the same name are of a former lab with our pid: gone with its processes.
+    _sweep(own)
     group = own / f"expertfleet-{os.getpid()}"
     try:
         group.mkdir(exist_ok=True)
@@ -60,6 +60,13 @@ def _make(own: Path, version: int) -> Path | None:
     except OSError:
         return None
     return group
+
+
+def _sweep(own: Path) -> None:
+    """Remove the groups of labs that were killed."""
+    for group in own.glob("expertfleet-*"):
+        if not Path("/proc", group.name.rpartition("-")[2]).exists():
+            _remove([*(p for p in group.iterdir() if p.is_dir()), group])
 
 
 def _read(path: Path) -> str:

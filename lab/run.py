@@ -13,12 +13,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -338,10 +339,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; prints the report's path last."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
+    # Ended from outside, the lab still stops its children in order and removes its cgroups.
+    signal.signal(signal.SIGTERM, _stop)
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)

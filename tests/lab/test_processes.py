@@ -111,3 +111,22 @@ def test_memory_group_kills_what_is_too_large_and_is_removed(tmp_path):
         assert done.returncode == -9
     assert not folder.exists()
     assert not folder.parent.exists()
+
+
+def test_groups_of_a_killed_lab_are_swept(tmp_path):
+    code = (
+        "import os, signal; from lab.cgroups import memory_groups\n"
+        "with memory_groups(['d1']) as groups:\n"
+        "    print(*groups.values(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -9
+    if not done.stdout.strip():
+        pytest.skip("no memory cgroups may be made here")
+    left = Path(done.stdout.strip())
+    assert left.exists()
+    with memory_groups(["d2"]) as groups:
+        assert groups["d2"].exists()
+    assert not left.parent.exists()
