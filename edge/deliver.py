@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from protocol import chunks
+from protocol import chunks, topics
 from protocol.messages import Grant, Receipt
 
 OFFER_EVERY = 3.0
@@ -55,7 +55,8 @@ class Delivery:
 
     def on_grant(self, grant: Grant, now: float) -> None:
         """Permission to send. One that is new, or that answers a repeated offer, starts from the first chunk."""
-        if grant.lease != self.lease or self.over or grant.window < 1 or grant.chunk_bytes < 1:
+        usable = topics.ID.fullmatch(grant.xfer) and grant.window >= 1 and grant.chunk_bytes >= 1
+        if grant.lease != self.lease or self.over or not usable:
             return
         fresh = self.grant is None or grant.xfer != self.grant.xfer
         if not fresh and not self._asking:

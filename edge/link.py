@@ -43,7 +43,7 @@ Event = (
 
 @dataclass
 class Link:
-    """A connection to `broker` (`mqtt://host:port`) as `device`; a context manager."""
+    """A connection to `broker` (`mqtt://host:port`, or `mqtts://`) as `device`; a context manager."""
 
     broker: str
     fleet: str
@@ -56,11 +56,11 @@ class Link:
     def __enter__(self) -> Link:
         parts = urlsplit(self.broker)
         try:
-            host, port = parts.hostname, parts.port or 1883
+            host, port = parts.hostname, parts.port or (8883 if parts.scheme == "mqtts" else 1883)
         except ValueError as error:
             raise LinkError(f"broker {self.broker!r}: {error}") from error
-        if parts.scheme != "mqtt" or not host:
-            raise LinkError(f"broker {self.broker!r}: mqtt://HOST:PORT wanted")
+        if parts.scheme not in ("mqtt", "mqtts") or not host:
+            raise LinkError(f"broker {self.broker!r}: mqtt://HOST:PORT or mqtts:// wanted")
         # 3.1.1, which every broker speaks. Sessions are clean: every message here is repeated until answered, so that
         # nothing has to be kept by a broker that may itself be restarted.
         client = mqtt.Client(
@@ -73,6 +73,8 @@ class Link:
         client.will_set(
             topics.status(self.fleet, self.device), messages.encode(gone), qos=1, retain=True
         )
+        if parts.scheme == "mqtts":
+            client.tls_set()  # the system's certificate authorities
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message

@@ -18,7 +18,7 @@ from edge.limits import MIB, MemoryLimit, OverBudgetError
 from edge.link import Connected, Event, Link
 from edge.outbox import Outbox, Parcel
 from edge.session import Artifact, Backend, SessionError, load_backend
-from protocol import chunks, messages, tensors, update
+from protocol import chunks, messages, tensors, topics, update
 from protocol.manifest import Blob
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def absorb(device: Device, here: Attendance, event: Event | None) -> None:
     elif isinstance(event, messages.Lease):
         if event.run != run:
             here.moved = True
-        elif event.lease not in device.finished:
+        elif topics.ID.fullmatch(event.lease) and event.lease not in device.finished:
             here.next_lease = event
     if here.link.lost_for() > LOST:
         here.moved = True

@@ -98,6 +98,7 @@ def test_strange_messages_are_ignored():
     d = Delivery("l", 35)
     d.on_grant(grant(lease="other"), 0)
     d.on_grant(grant(window=0), 0)
+    d.on_grant(grant(xfer="a/#"), 0)
     d.on_receipt(receipt(lease="other", final=True), 0)
     d.on_receipt(receipt(missing=[1]), 0)
     assert d.grant is None

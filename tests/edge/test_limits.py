@@ -1,7 +1,9 @@
 """Memory limits in processes of their own: over the budget means one line, an exit code, nothing half-written."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,28 @@ def test_limits_that_cannot_be_set(tmp_path):
         MemoryLimit(0)
     with pytest.raises(LimitError, match="cgroup"):
         MemoryLimit(MIB, f"cgroup:{tmp_path}").arm()
+
+
+def test_a_cgroup_is_joined_and_enforced(tmp_path):
+    group = Path("/sys/fs/cgroup/memory")
+    if not group.exists():
+        group = Path("/sys/fs/cgroup")
+    group /= f"expertfleet-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        if not any((group / n).exists() for n in ("memory.max", "memory.limit_in_bytes")):
+            pytest.skip("no memory controller")
+    except OSError as error:
+        pytest.skip(f"no cgroup of our own: {error}")
+    try:
+        done = hungry("numpy", f"cgroup:{group}", tmp_path)
+        # Whoever is first: the watcher with its line, or the kernel.
+        assert done.returncode in (EXIT_OVER_BUDGET, -9)
+        assert done.stdout == ""
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.1)
