@@ -94,6 +94,16 @@ def test_a_reconnection_asks_again_at_once():
     assert d.actions(0.1) == [SendOffer()]
 
 
+def test_what_was_in_flight_is_sent_again_after_a_reconnection():
+    d = Delivery("l", 35)
+    d.actions(0)
+    d.on_grant(grant(), 0)
+    assert sent(d.actions(0)) == [0, 1]
+    d.on_reconnected()
+    d.on_grant(grant(), 1)
+    assert sent(d.actions(1)) == [0, 1]
+
+
 def test_strange_messages_are_ignored():
     d = Delivery("l", 35)
     d.on_grant(grant(lease="other"), 0)
