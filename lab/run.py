@@ -57,7 +57,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     folder = fresh_folder(args.out)
     task, test, data = write_data(folder, split, plan_of_run)
     names = [device.name for device in plan_of_run.device]
-    with Processes(folder / "logs") as processes, enforcement(args.enforce, names) as limits:
+    # In this order: a cgroup can only be removed when its processes have gone.
+    with enforcement(args.enforce, names) as limits, Processes(folder / "logs") as processes:
         store, built = cut(processes, args, plan_of_run, console)
         building = time.monotonic() - start if built else 0.0
         plan = Plan(
