@@ -86,8 +86,9 @@ def build(
         memory = plan.memory(programs.train, programs.evaluate, shape, base.vocabulary, budget)
         if memory.predicted <= budget:
             break
+        chooses = experts is None or "mass" in experts
         smaller = (
-            plan.fewer(shape.slots, base.top_k) if experts is None or "mass" in experts else None
+            plan.next_lower(_mass(base, experts), base.top_k, shape.slots) if chooses else None
         )
         if smaller is None:
             raise plan.DoesNotFit(
@@ -268,9 +269,47 @@ def _parser() -> argparse.ArgumentParser:
         "--answers", type=int, default=4, help="scored tokens per row (default: %(default)s)"
     )
     parser.add_argument(
-        "--scale-budget", type=float, default=1.0, help="multiply the profile's memory budget"
+        "--scale-budget",
+        type=float,
+        action="append",
+        help="multiply the profile's memory budget; once for all profiles or once for each",
     )
     return parser
+
+
+def _scales(given: list[float] | None, profiles: int) -> list[float]:
+    """One budget factor per profile."""
+    scales = given or [1.0]
+    if len(scales) == 1:
+        scales = scales * profiles
+    if len(scales) != profiles:
+        raise ExpertsError(f"--scale-budget given {len(scales)} times for {profiles} profiles")
+    if not all(0 < scale < 1e6 for scale in scales):
+        raise ExpertsError(f"--scale-budget {min(scales)}: a positive number wanted")
+    return scales
+
+
+def _build_shown(
+    console: Console,
+    checkpoint: Checkpoint,
+    profile: DeviceProfile,
+    out: Path,
+    choices: Choices,
+    experts: dict[str, Any] | None,
+) -> Manifest:
+    """`build` behind a progress bar."""
+    family = families.of(checkpoint.config, str(checkpoint.path))
+    stages = len(family.moe_layers(checkpoint.config)) + 3
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{profile.name}: slicing", total=stages)
+
+        def advance(stage: str) -> None:
+            progress.update(task, advance=1, description=f"{profile.name}: {stage}")
+
+        artifact = build(checkpoint, profile, out, choices, experts, advance)
+        progress.update(task, completed=stages, description=f"{profile.name}: done")
+    return artifact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,39 +320,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     console = Console(stderr=True)
     try:
-        for name in ("rank", "sequence", "batch", "answers", "scale_budget"):
+        for name in ("rank", "sequence", "batch", "answers"):
             value = getattr(args, name)
             if value is not None and not 0 < value < 1e6:
-                raise ExpertsError(f"--{name.replace('_', '-')} {value}: a positive number wanted")
+                raise ExpertsError(f"--{name} {value}: a positive number wanted")
         profiles = [device_profiles.load(name) for name in args.profile]
+        scales = _scales(args.scale_budget, len(profiles))
         experts = _read_experts(args.experts)
         checkpoint = Checkpoint(locate(args.checkpoint))
-        choices = Choices(
-            rank=args.rank,
-            sequence=args.sequence,
-            batch=args.batch,
-            answers=args.answers,
-            scale_budget=args.scale_budget,
-        )
-        for profile in profiles:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            with Progress(*columns, console=console) as progress:
-                family = families.of(checkpoint.config, str(checkpoint.path))
-                stages = len(family.moe_layers(checkpoint.config)) + 3
-                task = progress.add_task(f"{profile.name}: slicing", total=stages)
-
-                def advance(
-                    stage: str,
-                    task: Any = task,
-                    progress: Progress = progress,
-                    name: str = profile.name,
-                ) -> None:
-                    progress.update(task, advance=1, description=f"{name}: {stage}")
-
-                artifact = build(checkpoint, profile, args.out, choices, experts, advance)
-                progress.update(task, completed=stages, description=f"{profile.name}: done")
+        for profile, scale in zip(profiles, scales, strict=True):
+            choices = Choices(
+                rank=args.rank,
+                sequence=args.sequence,
+                batch=args.batch,
+                answers=args.answers,
+                scale_budget=scale,
+            )
+            artifact = _build_shown(console, checkpoint, profile, args.out, choices, experts)
             _summary(console, manifest.read_base(args.out / "base.json"), artifact)
-            print(args.out / profile.name)
+            print(args.out / profile.name, flush=True)
     except (
         CheckpointError,
         ExpertsError,

@@ -1,6 +1,6 @@
 """Rewrites of the joint forward+backward graph that make it small and fast without changing a value.
 
-simplify                    equal nodes are computed once; powers of two and double transposes go
+simplify                    equal nodes are computed once; squares, double transposes and what changes nothing go
 gather_backward             the gradient of seating tokens is a gather, not a scatter with accumulation
 keep_weights_untransposed   W^T g becomes (g^T W)^T: activations are transposed, weights never
 recompute_dequantisation    each backward use of a weight dequantises it anew, so none is kept between the passes
@@ -59,10 +59,24 @@ def _order(node: Any) -> list[int] | None:
     return None
 
 
+def _changes_nothing(node: Node) -> bool:
+    if _is(node, "aten.alias", "aten.detach"):
+        return True
+    if _is(node, "aten.expand", "aten.view", "aten._unsafe_view"):
+        return list(node.args[0].meta["val"].shape) == list(node.meta["val"].shape)
+    return False
+
+
 def simplify(program: ExportedProgram) -> None:
     """x^2 -> x * x, x^1 -> x, a permutation undone by the next -> nothing, equal nodes -> one."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
+        if _is(node, "_assert_tensor_metadata"):
+            graph.erase_node(node)
+            continue
+        if node.op == "call_function" and _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            continue
         if _is(node, "aten.pow.Tensor_Scalar") and node.args[1] in (1, 2):
             base = node.args[0]
             with graph.inserting_before(node):

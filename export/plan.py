@@ -18,6 +18,7 @@ from export.routed_experts import blocks_needed
 from export.train_graph import BLOCK_ROWS
 from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, TensorSpec
 
+STEPS = 20
 RUNTIME_BYTES = 6 << 20  # the runtime's own tables and the allocator's slack, measured
 
 
@@ -93,7 +94,9 @@ def slots_for(threshold: float, prior: NDArray[np.float64], least: int) -> tuple
 def choose_slots(
     prior: NDArray[np.float64], least: int, fits: Callable[[tuple[int, ...]], bool]
 ) -> tuple[int, ...]:
-    """The slots of the highest threshold that fits, then one more wherever the most mass is gained.
+    """The slots of the highest threshold that fits.
+
+    Thresholds are steps of 1/20, so that devices of nearly the same budget share one program.
 
     Parameters
     ----------
@@ -107,40 +110,21 @@ def choose_slots(
     ------
     DoesNotFit
     """
-    smallest = (least,) * len(prior)
-    if not fits(smallest):
-        raise DoesNotFit(f"{least} experts in each of {len(prior)} layers do not fit")
-    low, high = 0.0, 1.0
-    best = smallest
-    for _ in range(20):
-        middle = (low + high) / 2
-        slots = slots_for(middle, prior, least)
+    for step in range(STEPS, -1, -1):
+        slots = slots_for(step / STEPS, prior, least)
         if fits(slots):
-            best, low = slots, middle
-        else:
-            high = middle
-    if fits(top := slots_for(1.0, prior, least)):
-        best = top
-    ordered = -np.sort(-prior, axis=1)
-    while True:
-        gains = sorted(
-            ((ordered[i, n], i) for i, n in enumerate(best) if n < prior.shape[1]), reverse=True
-        )
-        for _, i in gains:
-            more = tuple(n + (j == i) for j, n in enumerate(best))
-            if fits(more):
-                best = more
-                break
-        else:
-            return best
+            return slots
+    raise DoesNotFit(f"{least} experts in each of {len(prior)} layers do not fit")
 
 
-def fewer(slots: tuple[int, ...], least: int) -> tuple[int, ...] | None:
-    """One slot less in the largest layers; None when every layer is at its least."""
-    top = max(slots)
-    if top <= least:
+def next_lower(
+    prior: NDArray[np.float64], least: int, slots: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The catalogue's next smaller vector of slots; None below the smallest."""
+    try:
+        return choose_slots(prior, least, lambda s: sum(s) < sum(slots))
+    except DoesNotFit:
         return None
-    return tuple(n - 1 if n == top else n for n in slots)
 
 
 def choose_experts(mass: NDArray[np.float64], slots: tuple[int, ...]) -> list[tuple[int, ...]]:

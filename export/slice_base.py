@@ -66,7 +66,7 @@ def slice_base(
 
     Raises
     ------
-    CheckpointError, ValueError
+    CheckpointError
         A tensor is missing or of the wrong shape, or a width is no multiple of the int4 group.
     """
     config = checkpoint.config
@@ -104,7 +104,11 @@ def slice_base(
                         f"{checkpoint.path}: {projection} of expert {expert} in layer {layer} is "
                         f"{list(weight.shape)}, {list(base.features(projection))} wanted"
                     )
-            row.append(store.put(expert_blob(*weights, base.group)))
+            try:
+                row.append(store.put(expert_blob(*weights, base.group)))
+            except ValueError as error:
+                where = f"{checkpoint.path}: expert {expert} in layer {layer}"
+                raise CheckpointError(f"{where}: {error}") from error
         rows.append(tuple(row))
         advance(f"layer {layer}")
     dense = {}

@@ -188,7 +188,10 @@ def capture_training(model: SubModel) -> ExportedProgram:
 def capture_evaluation(model: SubModel) -> ExportedProgram:
     """Forward graph with statistics."""
     with torch.no_grad():
-        return export(model, example(model.specs), strict=False)
+        program = export(model, example(model.specs), strict=False)
+    program = program.run_decompositions()
+    graph_passes.simplify(program)
+    return program
 
 
 CAPTURE: dict[str, Callable[[SubModel], Any]] = {

@@ -187,9 +187,9 @@ def pretrain(
                 optimizer.param_groups[0]["lr"] = peak * factor
             ids, domains = batch(streams, rows, rng)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = model(input_ids=ids, labels=ids)
-            loss = out.loss
-            routers, per_token = out.router_logits, domains.repeat_interleave(ids.shape[1])
+                result = model(input_ids=ids, labels=ids)
+            loss = result.loss
+            routers, per_token = result.router_logits, domains.repeat_interleave(ids.shape[1])
             even = balance(routers, config().num_experts_per_tok)
             (loss + BALANCE * even - INFORMATION * information(routers, per_token)).backward()
             torch.nn.utils.clip_grad_norm_(rest, 1.0)
@@ -218,7 +218,7 @@ def pretrain(
                 record.write(json.dumps(entry) + "\n")
                 record.flush()
                 log.info("%s", entry)
-            if time.monotonic() - last_save > 600:
+            if time.monotonic() - last_save > 300:
                 model.config.output_router_logits = False
                 save(model, tokenizer, out)
                 model.config.output_router_logits = True

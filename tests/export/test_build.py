@@ -46,6 +46,7 @@ def test_a_second_build_finds_the_programs(store, tiny_checkpoint, small_profile
         (["--sequence", "4096"], "reads at most 64 tokens"),
         (["--answers", "16"], "1 to 15 wanted"),
         (["--rank", "-1"], "a positive number wanted"),
+        (["--scale-budget", "1", "--scale-budget", "2"], "given 2 times for 1 profiles"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

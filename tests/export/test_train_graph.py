@@ -65,7 +65,9 @@ def sliced_transformers(store, base, given, checkpoint):
     model = OlmoeForCausalLM.from_pretrained(checkpoint, experts_implementation="eager").eval()
     # the dense part is stored in float16; compare against what the device has
     dense = {n[6:]: v for n, v in given.items() if n.startswith("dense.")}
-    model.load_state_dict({n: v for n, v in dense.items() if not n.startswith("layers.")}, strict=False)
+    model.load_state_dict(
+        {n: v for n, v in dense.items() if not n.startswith("layers.")}, strict=False
+    )
     for position, layer in enumerate(base.moe_layers):
         ids, block = RESIDENT[layer], model.model.layers[layer].mlp
         weights = {"gate_up": [], "down": []}
