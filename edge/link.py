@@ -19,7 +19,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from protocol import messages, topics
 
 log = logging.getLogger(__name__)
-KEEPALIVE = 20
+KEEPALIVE = 60  # a training step holds the interpreter for seconds on a slow or busy device
 
 
 class LinkError(RuntimeError):
