@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import device_profiles
-from lab.processes import Child, Processes
+from lab.processes import Processes
 from lab.scenario import Artifact
 from protocol.manifest import sha256_file
 
@@ -39,20 +39,28 @@ def key(base: Path, artifact: Artifact, profiles: dict[str, float]) -> str:
 
 
 def _commands(
-    base: Path, artifact: Artifact, profiles: dict[str, float], out: Path
+    base: Path, artifact: Artifact, profiles: dict[str, float], out: Path, at_once: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """(name, command) per scale: profiles of one scale share a process, which saves its start."""
-    by_scale: dict[float, list[str]] = {}
+    """(name, command) of `at_once` builders.
+
+    A builder lowers a shape once, and profiles of the same budget have the same shape: they go to one builder.
+    """
+    by_budget: dict[int, list[str]] = {}
     for profile, scale in profiles.items():
-        by_scale.setdefault(scale, []).append(profile)
+        budget = int(device_profiles.load(profile).budget_bytes * scale)
+        by_budget.setdefault(budget, []).append(profile)
+    hands: list[list[str]] = [[] for _ in range(min(at_once, len(by_budget)))]
+    for index, budget in enumerate(sorted(by_budget, reverse=True)):
+        hands[index % len(hands)] += by_budget[budget]
     shape = []
     for flag in ("rank", "sequence", "batch", "answers"):
         shape += [f"--{flag}", str(getattr(artifact, flag))]
-    for scale, names in by_scale.items():
-        chosen = [word for name in names for word in ("--profile", name)]
+    for index, names in enumerate(hands):
+        chosen = []
+        for name in names:
+            chosen += ["--profile", name, "--scale-budget", str(profiles[name])]
         command = ["export.build", "--checkpoint", str(base), "--out", str(out), *shape, *chosen]
-        label = "+".join(device_profiles.load(name).name for name in names)
-        yield f"build-{label}", [*command, "--scale-budget", str(scale)]
+        yield f"build-{index}", command
 
 
 def build(
@@ -69,7 +77,7 @@ def build(
     ----------
     profiles : profile -> scale of its budget
     at_once : int
-        Builds that run side by side.
+        Builders that run side by side, each with its share of the profiles.
 
     Returns
     -------
@@ -88,12 +96,11 @@ def build(
         return store, False
     partial = cache / f"{store.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    waiting = list(_commands(base, artifact, profiles, partial))
-    running: list[Child] = []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            name, command = waiting.pop(0)
-            running.append(processes.start(name, command, environment={"OMP_NUM_THREADS": "1"}))
+    running = [
+        processes.start(name, command, environment={"OMP_NUM_THREADS": "1"})
+        for name, command in _commands(base, artifact, profiles, partial, at_once)
+    ]
+    while running:
         done = next((child for child in running if child.ended is not None), None)
         if done is None:
             time.sleep(0.1)

@@ -157,3 +157,20 @@ def test_the_lab_itself_imports_no_torch():
     code = "import lab.run, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert isinstance(options(), argparse.Namespace)
+
+
+def test_profiles_of_one_budget_go_to_one_builder(tmp_path):
+    profiles = {"pixel_8": 0.5, "phone_4gb": 0.25, "jetson_orin": 0.1, "galaxy_s24": 0.5}
+    commands = dict(artifacts._commands(tmp_path, Artifact(), profiles, tmp_path, 2))
+    hands = [
+        [words[i + 1] for i, word in enumerate(words) if word == "--profile"]
+        for words in commands.values()
+    ]
+    assert hands == [["jetson_orin", "phone_4gb"], ["pixel_8", "galaxy_s24"]]
+    scales = [
+        w
+        for i, w in enumerate(commands["build-0"])
+        if commands["build-0"][i - 1] == "--scale-budget"
+    ]
+    assert scales == ["0.1", "0.25"]
+    assert len(dict(artifacts._commands(tmp_path, Artifact(), profiles, tmp_path, 16))) == 3
