@@ -191,3 +191,50 @@ def recompute_dequantisation(program: ExportedProgram) -> None:
             if source in weights:
                 node.replace_input_with(source, again(source, node))
     _finish(program)
+
+
+CHEAP = (
+    "aten.mul.Tensor",
+    "aten.sigmoid",
+    "aten.permute",
+    "aten.transpose",
+    "aten.view",
+    "aten.clone",
+    "aten.expand",
+    "aten.unsqueeze",
+    "aten.squeeze",
+    "aten.unbind",
+    "aten.neg",
+    "getitem",
+)
+
+
+def recompute_cheap(program: ExportedProgram) -> None:
+    """Compute products, transposes and sigmoids of the forward pass anew in the backward pass, once each.
+
+    What is kept between the passes are then the results of matrix products, sums and normalisers only.
+    """
+    graph = program.graph_module.graph
+    nodes = list(graph.nodes)
+    loss = next(n for n in nodes if n.op == "output").args[0][0]
+    boundary = nodes.index(loss)
+    forward = set(nodes[: boundary + 1])
+    copies: dict[Node, Node] = {}
+
+    def again(node: Node, before: Node) -> Node:
+        if node not in forward or not _is(node, *CHEAP):
+            return node
+        if node not in copies:
+            fresh = {i: again(i, before) for i in node.all_input_nodes}
+            with graph.inserting_before(before):
+                copies[node] = graph.node_copy(node, lambda i: fresh.get(i, i))
+        return copies[node]
+
+    for node in nodes[boundary + 1 :]:
+        if node.op == "output":
+            continue
+        for source in list(node.all_input_nodes):
+            replacement = again(source, node)
+            if replacement is not source:
+                node.replace_input_with(source, replacement)
+    _finish(program)

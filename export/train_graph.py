@@ -181,6 +181,7 @@ def capture_training(model: SubModel) -> ExportedProgram:
     graph_passes.gather_backward(program)
     graph_passes.keep_weights_untransposed(program)
     graph_passes.simplify(program)
+    graph_passes.recompute_cheap(program)
     graph_passes.recompute_dequantisation(program)
     return program
 

@@ -162,5 +162,12 @@ def test_passes_change_no_value_and_scatter_with_accumulation_is_gone(base):
     )
     # dequantised once forward and once backward per projection, less what the lowest layer does not need
     assert sum("embedding_4bit" in t for t in targets) >= 6
+    nodes = list(program.graph.nodes)
+    boundary = nodes.index(nodes[-1].args[0][0])  # the loss
+    kept = {n for n in nodes[: boundary + 1] if any(nodes.index(u) > boundary for u in n.users)}
+    cheap = ("mul.Tensor", "sigmoid", "permute", "embedding_4bit")
+    for node in kept:
+        later = [u for u in node.users if nodes.index(u) > boundary and u.op != "output"]
+        assert not (later and any(c in str(node.target) for c in cheap)), node
     assert lower(program).arena_bytes > 0
     assert graph_passes.gather_backward(program) == 0
