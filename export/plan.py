@@ -73,8 +73,8 @@ def estimate(base: BaseIndex, shape: Shape) -> int:
     heads = int(base.config.get("num_attention_heads", 1))
     layers, slots = len(shape.slots), sum(shape.slots)
     blocks = [blocks_needed(base.top_k * tokens, p, BLOCK_ROWS) for p in shape.slots]
-    seated = sum(blocks) * BLOCK_ROWS * (2 * d + 6 * f)
-    attended = layers * tokens * (6 * d + 3 * heads * shape.sequence)
+    seated = sum(blocks) * BLOCK_ROWS * (2 * d + 2 * f)
+    attended = layers * tokens * (8 * d + heads * shape.sequence)
     dequantised = max(blocks) * 2 * f * d * 1.2
     adapter = slots * (shape.rank * (2 * d + 3 * f + d) + d)
     packed = slots * 3 * d * f * (0.5 + 4 / shape.group)
