@@ -229,6 +229,8 @@ def train_centrally(processes: Processes, plan: Plan, chosen: Scenario, console:
                 *("--modules-to-save", *base.peft.modules_to_save),
                 *("--seed", str(chosen.seed)),
             ],
+            # Threads that wait by spinning take the cores from others.
+            environment={"OMP_WAIT_POLICY": "PASSIVE"},
         )
     return float(json.loads(child.last_words())["accuracy"])
 
