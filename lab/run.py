@@ -75,12 +75,13 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         with View(console) as view:
             _, scores = fleet.run(processes, plan, plan_of_run, view)
         ran = time.monotonic() - start
-        ceiling = None
+        result = put_together(plan, plan_of_run, args, split, scores, ran, building)
+        page = report.write(result, folder)
         if args.ceiling:
             ceiling = train_centrally(processes, plan, plan_of_run, console)
-        result = put_together(plan, plan_of_run, args, split, scores, ceiling, ran, building)
+            result = dataclasses.replace(result, ceiling=ceiling)
+            page = report.write(result, folder)
         report.print_table(result, console)
-        page = report.write(result, folder)
         verify(plan, console)
     return page
 
@@ -249,7 +250,6 @@ def put_together(
     args: argparse.Namespace,
     split: Split,
     scores: Mapping[int, float],
-    ceiling: float | None,
     seconds: float,
     building: float,
 ) -> outcome.Outcome:
@@ -270,7 +270,6 @@ def put_together(
         history=_history(plan),
         scores=scores,
         predicted=predicted,
-        ceiling=ceiling,
         seconds=seconds,
         seconds_building=building,
     )
