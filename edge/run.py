@@ -224,6 +224,9 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
         for blob in slots.blobs_of(base, resident):
             device.cache.get(blob)
         adapter = slots.slot_arrays(read_adapter(device, lease.adapter), resident, base, shape)
+        log.info(
+            "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
+        )
         result, limit = work(device, here, job, adapter, check)
     except trainer.Abandoned:
         log.warning("lease=%s is no longer wanted: given up", lease.lease)

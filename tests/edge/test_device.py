@@ -197,7 +197,7 @@ def test_an_update_from_before_the_restart_is_delivered(serve, start, rows, tmp_
     server, url = serve("--steps", "5", "--rounds", "1", "--exit-when-done")
     device = edge_flags(url, rows, tmp_path)
     edge = start("edge", *device)
-    edge.wait_for("round=0")
+    edge.wait_for("fetched")
     os.kill(server.child.pid, signal.SIGSTOP)  # the update cannot go anywhere
     try:
         end = time.monotonic() + 120
