@@ -125,9 +125,7 @@ def accuracy(outcome: Outcome) -> bytes:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")
         handles, names = axes.get_legend_handles_labels()
-        axes.legend(
-            handles[::-1], names[::-1], loc="lower right", bbox_to_anchor=(1.0, 0.1), fontsize=9
-        )
+        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=3, fontsize=9)
         return _png(figure)
 
 
