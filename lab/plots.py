@@ -125,7 +125,14 @@ def accuracy(outcome: Outcome) -> bytes:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")
         handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=3, fontsize=9)
+        figure.legend(
+            handles[::-1],
+            names[::-1],
+            loc="outside lower center",
+            ncols=3,
+            fontsize=8.5,
+            columnspacing=1.4,
+        )
         return _png(figure)
 
 
