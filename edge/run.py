@@ -23,6 +23,7 @@ from protocol.manifest import Blob
 
 log = logging.getLogger(__name__)
 READY_EVERY = 5.0
+WARM_ROWS = 5000
 LOST = 20.0
 """Seconds without a broker after which the server is asked where it is now."""
 
@@ -126,6 +127,9 @@ def prepare(device: Device, welcome: messages.Welcome) -> tuple[Artifact, data.P
         shape.sequence,
         shape.answers,
     )
+    # The tokenizer remembers the words it has met. It meets them now: they belong to the process, not to a lease.
+    for row in device.rows[:WARM_ROWS]:
+        prompts.row(row, None)
     if device.limit is None:
         budget = device.options.budget_bytes or manifest.memory.budget
         device.limit = MemoryLimit(budget, device.options.enforce)
