@@ -49,9 +49,10 @@ measured only. `reference_base/corpus.py` holds the split.
 `python -m reference_base.pretrain`: {steps} steps of {rows} sequences of {sequence} tokens
 ({tokens:.1f} M tokens) in {minutes:.0f} minutes on a CPU, bfloat16 autocast. Each sequence comes from one
 domain: {mix}. Muon trains the matrices, AdamW the rest; the script holds the schedule. It was
-stopped and resumed twice, with fresh optimizers; up to step 2000 the library's own load-balancing loss was used, which pools
-the layers and had left 15 of 64 experts idle, after that the one of `balance.py`. Running mean of the training loss at the end: {loss:.2f} per token. Every 50th step is in
-[training_log.jsonl](training_log.jsonl).
+stopped and resumed twice, with fresh optimizers. Up to step 2000 the library's own load-balancing
+loss was used, which pools the layers and had left 15 of 64 experts idle; after that the one of
+`balance.py`. Running mean of the training loss at the end: {loss:.2f} per token. Every
+50th step is in [training_log.jsonl](training_log.jsonl).
 
 ## Results
 
