@@ -19,9 +19,8 @@ from export.train_graph import BLOCK_ROWS
 from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, TensorSpec
 
 STEPS = 20
-RUNTIME_BYTES = (
-    10 << 20
-)  # what the runtime and the allocator take beside the counted terms, measured
+# What the runtime and the allocator take beside the counted terms, measured in the demo's devices.
+RUNTIME_BYTES = 11 << 20  # what the runtime and the allocator take beside the counted terms, measured
 
 
 class DoesNotFit(ValueError):
