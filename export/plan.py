@@ -20,7 +20,7 @@ from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, TensorSpec
 
 STEPS = 20
 # What the runtime and the allocator take beside the counted terms, measured in the demo's devices.
-RUNTIME_BYTES = 11 << 20  # what the runtime and the allocator take beside the counted terms, measured
+RUNTIME_BYTES = 11 << 20
 
 
 class DoesNotFit(ValueError):
