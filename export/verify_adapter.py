@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from export import families
 from export.checkpoint import Checkpoint, CheckpointError, locate
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("adapter", type=Path, help="adapter directory written by the server")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    transformers_logging.disable_progress_bar()
     try:
         if not args.adapter.is_dir():
             raise VerifyError(f"{args.adapter}: no such directory")
