@@ -34,6 +34,15 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f}"
 
 
+def mebibytes(size: float) -> str:
+    """2**20 bytes, one place, as memory is counted.
+
+    >>> mebibytes(3 << 20)
+    '3.0'
+    """
+    return f"{size / 2**20:.1f}"
+
+
 def percent(value: float | None) -> str:
     """A share as a percentage; a dash for what was not measured (None, or below 0).
 
@@ -45,7 +54,10 @@ def percent(value: float | None) -> str:
 
 def headline(status: Mapping[str, Any], scores: Mapping[int, float]) -> str:
     """One line about the run."""
-    line = f"round {status['round']} of {status['rounds']}, {status['state']}"
+    # The rounds before and after training measure; they are not among those that were asked for.
+    trains = 1 <= status["round"] <= status["rounds"]
+    line = f"round {status['round']} of {status['rounds']}, " if trains else ""
+    line += str(status["state"])
     line += f", adapter {status['version']}"
     if scores:
         line += f", global accuracy {percent(scores[max(scores)])} (adapter {max(scores)})"
@@ -70,7 +82,7 @@ def render(status: Mapping[str, Any], scores: Mapping[int, float]) -> Group:
             Text(state if device["online"] else "offline", "" if device["online"] else "red"),
             "+".join(map(str, held)) or "-",
             Text(
-                f"{megabytes(peak)} / {megabytes(budget)}" if budget else "-",
+                f"{mebibytes(peak)} / {mebibytes(budget)}" if budget else "-",
                 "red" if budget and peak > budget else "",
             ),
             megabytes(device.get("bytes_down") or 0),

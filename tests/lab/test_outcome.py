@@ -187,7 +187,7 @@ STATUS = {
         "a": {
             "profile": "pixel_8", "online": True, "state": "working", "lease": "l", "work": "train",
             "last_seen": 0, "slots": [2, 1], "resident": {"0": [0, 2], "1": [1]}, "trained": {},
-            "budget_bytes": 5_000_000, "peak_bytes": 6_000_000, "baseline_bytes": 1,
+            "budget_bytes": 5 << 20, "peak_bytes": 6 << 20, "baseline_bytes": 1,
             "bytes_up": 0, "bytes_down": 1_500_000, "accuracy_first": None, "accuracy_last": 0.5,
             "loss_last": 1.25, "rows": 3,
         },
