@@ -93,8 +93,8 @@ def run(options: Options) -> None:
                 identity.device, options.profile, identity.token, len(train_rows)
             )
             identity.remember(welcome.token)
+            data.check_labels(rows, welcome.task.labels, str(options.data))
             if device is None:
-                data.check_labels(rows, welcome.task.labels, str(options.data))
                 backend = load_backend(options.backend)
                 device = Device(options, identity, server, cache, outbox, rows, backend)
             log.info("device=%s run=%s profile=%s", identity.device, welcome.run, options.profile)

@@ -9,12 +9,13 @@ Writes STORE/base.json, STORE/blobs/ and STORE/<profile>/manifest.json; artifact
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,14 @@ class Choices:
 
 
 def build(
-    checkpoint: Checkpoint,
+    base: BaseIndex,
     profile: DeviceProfile,
     out: Path,
     choices: Choices,
     experts: dict[str, Any] | None,
     advance: Advance,
 ) -> Manifest:
-    """Cut, quantise and lower the sub-MoE that fits `profile`; write it to `out`.
+    """Choose and lower the sub-MoE of a sliced base that fits `profile`; write it to `out`.
 
     Parameters
     ----------
@@ -73,11 +74,9 @@ def build(
 
     Raises
     ------
-    CheckpointError, FamilyError, ProfileError, ExpertsError, plan.DoesNotFit, ManifestError
+    ExpertsError, plan.DoesNotFit, ManifestError
     """
-    family = families.of(checkpoint.config, str(checkpoint.path))
-    store = BlobStore(out)
-    base = slice_base(checkpoint, family, store, advance)
+    family, store = families.of(base.config, str(out)), BlobStore(out)
     _same_base(out, base)
     budget = int(profile.budget_bytes * choices.scale_budget)
     shape, chosen = _shape(base, profile, choices, experts, budget)
@@ -95,7 +94,7 @@ def build(
                 f"{profile.name}: {sum(shape.slots)} experts need {memory.predicted / 2**20:.1f} MB, "
                 f"the budget is {budget / 2**20:.1f} MB (try a smaller --batch, --sequence or --rank)"
             )
-        shape = _with_slots(shape, smaller)
+        shape = replace(shape, slots=smaller)
         chosen = plan.choose_experts(_mass(base, experts), smaller)
     artifact = Manifest(
         protocol=PROTOCOL_VERSION,
@@ -119,17 +118,6 @@ def _same_base(out: Path, base: BaseIndex) -> None:
     path = out / "base.json"
     if path.exists() and manifest.read_base(path).base != base.base:
         raise ManifestError(f"{out}: holds the slices of another base, choose a new --out")
-
-
-def _with_slots(shape: Shape, slots: tuple[int, ...]) -> Shape:
-    return Shape(
-        batch=shape.batch,
-        sequence=shape.sequence,
-        answers=shape.answers,
-        rank=shape.rank,
-        group=shape.group,
-        slots=slots,
-    )
 
 
 def _mass(base: BaseIndex, experts: dict[str, Any] | None) -> NDArray[np.float64]:
@@ -168,11 +156,11 @@ def _shape(
         raise ExpertsError(f"--answers {shape.answers}: 1 to {shape.sequence - 1} wanted")
     if experts is not None and "layers" in experts:
         chosen = _selection(base, experts["layers"])
-        return _with_slots(shape, tuple(len(ids) for ids in chosen)), chosen
+        return replace(shape, slots=tuple(len(ids) for ids in chosen)), chosen
     mass = _mass(base, experts)
     try:
         slots = plan.choose_slots(
-            mass, base.top_k, lambda s: plan.estimate(base, _with_slots(shape, s)) <= budget
+            mass, base.top_k, lambda s: plan.estimate(base, replace(shape, slots=s)) <= budget
         )
     except plan.DoesNotFit as error:
         need = plan.estimate(base, shape) / 2**20
@@ -180,7 +168,7 @@ def _shape(
             f"{profile.name}: {error}: about {need:.1f} MB needed, the budget is "
             f"{budget / 2**20:.1f} MB (try a smaller --batch, --sequence or --rank)"
         ) from error
-    return _with_slots(shape, slots), plan.choose_experts(mass, slots)
+    return replace(shape, slots=slots), plan.choose_experts(mass, slots)
 
 
 def _selection(base: BaseIndex, layers: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -289,27 +277,14 @@ def _scales(given: list[float] | None, profiles: int) -> list[float]:
     return scales
 
 
-def _build_shown(
-    console: Console,
-    checkpoint: Checkpoint,
-    profile: DeviceProfile,
-    out: Path,
-    choices: Choices,
-    experts: dict[str, Any] | None,
-) -> Manifest:
-    """`build` behind a progress bar."""
-    family = families.of(checkpoint.config, str(checkpoint.path))
-    stages = len(family.moe_layers(checkpoint.config)) + 3
+@contextlib.contextmanager
+def _bar(console: Console, name: str, stages: int) -> Iterator[Advance]:
+    """A progress bar; calling what it gives ends a stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{profile.name}: slicing", total=stages)
-
-        def advance(stage: str) -> None:
-            progress.update(task, advance=1, description=f"{profile.name}: {stage}")
-
-        artifact = build(checkpoint, profile, out, choices, experts, advance)
-        progress.update(task, completed=stages, description=f"{profile.name}: done")
-    return artifact
+        task = progress.add_task(name, total=stages)
+        yield lambda stage: progress.update(task, advance=1, description=f"{name}: {stage}")
+        progress.update(task, completed=stages, description=f"{name}: done")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -328,6 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         scales = _scales(args.scale_budget, len(profiles))
         experts = _read_experts(args.experts)
         checkpoint = Checkpoint(locate(args.checkpoint))
+        family = families.of(checkpoint.config, str(checkpoint.path))
+        # Once for all profiles: their artifacts share the blobs.
+        with _bar(console, "base", len(family.moe_layers(checkpoint.config)) + 1) as advance:
+            base = slice_base(checkpoint, family, BlobStore(args.out), advance)
         for profile, scale in zip(profiles, scales, strict=True):
             choices = Choices(
                 rank=args.rank,
@@ -336,8 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 answers=args.answers,
                 scale_budget=scale,
             )
-            artifact = _build_shown(console, checkpoint, profile, args.out, choices, experts)
-            _summary(console, manifest.read_base(args.out / "base.json"), artifact)
+            with _bar(console, profile.name, 2) as advance:
+                artifact = build(base, profile, args.out, choices, experts, advance)
+            _summary(console, base, artifact)
             print(args.out / profile.name, flush=True)
     except (
         CheckpointError,
