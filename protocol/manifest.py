@@ -4,9 +4,10 @@
     STORE/<profile>/manifest.json  Manifest: the programs and the experts chosen for that profile
     STORE/blobs/<sha256>         program, dense, tokenizer and expert blobs, named by their content
 
-Blobs. Expert: safetensors with `gate_up.packed` uint8 [2f, d/2], `gate_up.scale` float16 [2f, d/G],
-`down.packed` uint8 [d, f/2], `down.scale` float16 [d, f/G] (see `int4`). Dense: safetensors, float16, every other
-tensor of the checkpoint by its own name, plus `layers.{l}.router` float32 [E, d] for each MoE layer.
+Blobs, all safetensors; packed layouts are in `packing`. Expert, one per format: for each projection `{projection}.packed`
+uint8 and `{projection}.scale` float16, of a weight [out, in] as `BaseIndex.features` says. Dense, one per format: every
+other tensor of the checkpoint by its own name, a matrix as `{name}.packed` and `{name}.scale`, anything else as `{name}`
+float32; plus `layers.{l}.router` float32 [E, d] for each MoE layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import PROTOCOL_VERSION, schema
+from protocol import PROTOCOL_VERSION, names, packing, schema
 
 MAX_MANIFEST = 16 << 20
 
@@ -48,38 +49,61 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Room for one expert: how its frozen weights are stored, and the rank of the LoRA trained on them (0: frozen).
+
+    In a base of adapter experts (FFT-MoE) there are no frozen weights: format "none", and the rank is the expert's width.
+    """
+
+    format: str
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.format not in (*packing.FORMATS, "none") or not 0 <= self.rank <= 4096:
+            raise schema.SchemaError(f"slot {self.format[:20]!r} of rank {self.rank} is no slot")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """Everything that a program is compiled for. Devices with the same shape share the program.
 
-    Letters: B batch rows, S tokens per row, K answer positions per row, R rank, G group, slots per MoE layer.
+    Letters: B batch rows, S tokens per row, K answer positions per row, P slots of a layer.
+
+    The slots of a layer are ordered: higher rank first, then the wider format. Experts fill them in the order of their
+    value to the device. At least one slot of a layer is trained.
     """
 
     batch: int
     sequence: int
     answers: int
-    rank: int
-    group: int
-    slots: tuple[int, ...]  # parallel to BaseIndex.moe_layers
+    dense: str  # format of the dense matrices
+    slots: tuple[tuple[Slot, ...], ...]  # parallel to BaseIndex.moe_layers
+
+    def __post_init__(self) -> None:
+        if self.dense not in packing.FORMATS or min(self.batch, self.sequence, self.answers) < 1:
+            raise schema.SchemaError(f"shape with dense {self.dense[:20]!r} is no shape")
+        if not all(any(slot.rank for slot in layer) for layer in self.slots):
+            raise schema.SchemaError("shape with a layer in which nothing is trained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One ExecuTorch file and how to call it.
+    """One ExecuTorch file and how to call it. Everything that changes or is large is an input.
 
     `inputs` in calling order. Batch inputs: `tokens` int64 [B, S], `valid` float32 [B, S] (1 = not padding),
     `positions` int64 [B, K] (flat index b * S + s of the token whose next token is scored), `targets` int64 [B, K],
-    `weights` float32 [B, K]. Then `dense.<name>` float32, and per MoE layer l with P slots:
-    `layers.l.router_rows` float32 [P, d], `layers.l.gate_up.packed` uint8 [P*2f, d/2], `layers.l.gate_up.scale`
-    float32 [P*2f, d/G], `layers.l.down.packed`, `layers.l.down.scale` alike. `evaluate` also takes
-    `layers.l.router_all` float32 [E, d] and the adapter tensors listed under `parameters` as inputs of the same names.
+    `weights` float32 [B, K]. Then `dense.<name>` as the dense blob has them (`.packed` uint8, `.scale` float16, else
+    float32), and per MoE layer l: `layers.l.router_rows` float32 [P, d], and for each projection
+    `layers.l.{projection}.packed` uint8 [bytes] and `.scale` float16 [groups]: the slots' blobs, flat, one after the other.
+    `evaluate` also takes `layers.l.router_all` float32 [E, d] and `layers.l.resident` float32 [E]. Last the `parameters`.
 
-    `parameters` (trained; in `train` they live in the program): `layers.l.{projection}.a` [P, in, R],
-    `layers.l.{projection}.b` [P, R, out] (transposes of lora_A and lora_B), `layers.l.router` [P, d].
-
-    A program opened by path is mapped read-only, parameters and all: open `train` from bytes, and keep the bytes alive.
+    `parameters` (the adapter of the resident experts): `layers.l.{projection}.a` float32 [sum of rank * in], the slots'
+    lora_A [rank, in] flat, one after the other; `layers.l.{projection}.b` the same of lora_B [out, rank];
+    `layers.l.router` float32 [P, d], changes of the router rows.
 
     `outputs` of `train`: `loss` (sum of weights * nll / sum of weights), then `layers.l.routed` float32 [P]
-    (routed valid tokens per slot). Of `evaluate`: `logits` float32 [B, K, V], then per layer `layers.l.mass` [E]
+    (routed valid tokens per slot), then `grad.<name>` for each of `parameters`. Of `evaluate`: `logits` float32
+    [B, K, V], then per layer `layers.l.mass` [E]
     (sum over valid tokens of the full router's probability g), `layers.l.top` [E] (the same where the expert is in
     the full top-k), `layers.l.g_log_g` [E], `layers.l.missed` [1] (sum of 1 - mass on resident experts),
     `layers.l.output_norm` [P] (sum of routed weight * norm of the expert's output).
@@ -139,8 +163,9 @@ class PeftLayout:
     """Where stock PEFT looks for our tensors; `{layer}` is filled in. Written by `export`, used by `server`."""
 
     target_parameters: tuple[str, ...]
+    target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    lora: dict[str, dict[str, str]]  # projection -> lora_A | lora_B -> key
+    lora: dict[str, dict[str, str]]  # projection -> lora_A | lora_B -> key; with `{expert}`: one key per expert
     router: str
     base_model_class: str
     parent_library: str
@@ -161,19 +186,25 @@ class BaseIndex:
     intermediate: int
     vocabulary: int
     group: int
-    dense: Blob
+    architecture: str  # "causal", or "seq2seq": targets are the decoder's output and `positions` is not used
+    projections: tuple[str, ...]  # of an expert: gate_up | up, down; or adapter
+    dense: dict[str, Blob]  # by format
     tokenizer: Blob
-    experts: tuple[tuple[Blob, ...], ...]  # [layer position][expert]
+    experts: dict[str, tuple[tuple[Blob, ...], ...]]  # format -> [layer position][expert]
+    error: dict[str, float]  # format -> relative rms error of expert weights stored in it
     routing_prior: tuple[
         tuple[float, ...], ...
     ]  # [layer position][expert], rows sum to 1; of the base's own text
     peft: PeftLayout
 
     def features(self, projection: str) -> tuple[int, int]:
-        """(output, input) features of a projection."""
-        if projection == "gate_up":
-            return 2 * self.intermediate, self.hidden
-        return self.hidden, self.intermediate
+        """(output, input) features of a projection: of the two factors' outer sides for an adapter expert."""
+        return {
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+            "adapter": (self.hidden, self.hidden),
+        }[projection]
 
 
 def sha256_file(path: Path) -> str:
@@ -220,10 +251,15 @@ def parse_base(data: Any, where: str) -> BaseIndex:
     except schema.SchemaError as error:
         raise ManifestError(str(error)) from error
     _check_version(base.protocol, where)
-    if len(base.experts) != len(base.moe_layers) or any(
-        len(row) != base.num_experts for row in base.experts
-    ):
-        raise ManifestError(f"{where}: experts do not cover every layer")
+    for blobs in base.experts.values():
+        if [len(row) for row in blobs] != [base.num_experts] * len(base.moe_layers):
+            raise ManifestError(f"{where}: experts do not cover every layer")
+    for key in (*base.experts, *base.dense, *base.error):
+        if key not in packing.FORMATS:
+            raise ManifestError(f"{where}: format {key[:20]!r}, one of {', '.join(packing.FORMATS)} wanted")
+    for projection in base.projections:
+        if projection not in names.PROJECTIONS:
+            raise ManifestError(f"{where}: projection {projection[:20]!r} is not known")
     return base
 
 

@@ -9,12 +9,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Projection = Literal["gate_up", "down"]
-PROJECTIONS: tuple[Projection, ...] = ("gate_up", "down")
+PROJECTIONS = ("gate_up", "up", "down", "adapter")
+"""gate_up and down of a gated expert, up and down of a plain one (Switch), adapter of an FFT-MoE expert."""
 Factor = Literal["lora_A", "lora_B"]
 FACTORS: tuple[Factor, ...] = ("lora_A", "lora_B")
 
-_LORA = re.compile(r"layers\.(\d{1,4})\.experts\.(\d{1,5})\.(gate_up|down)\.(lora_A|lora_B)")
+_LORA = re.compile(r"layers\.(\d{1,4})\.experts\.(\d{1,5})\.(gate_up|up|down|adapter)\.(lora_A|lora_B)")
 _ROUTER = re.compile(r"layers\.(\d{1,4})\.router\.(\d{1,5})")
 
 

@@ -1,6 +1,6 @@
 """OLMoE (Muennighoff et al. 2024): top-k softmax router, no shared experts, every layer sparse."""
 
-from export.families.family import Family, every_layer, peft_layout
+from export.families.family import Family, every_layer, peft_layout, softmax_top_k
 
 FAMILY = Family(
     model_type="olmoe",
@@ -21,7 +21,10 @@ FAMILY = Family(
     top_k=lambda config: config["num_experts_per_tok"],
     intermediate=lambda config: config["intermediate_size"],
     moe_layers=every_layer,
-    renormalise=lambda config: bool(config.get("norm_topk_prob", False)),
+    route=softmax_top_k(
+        lambda config: config["num_experts_per_tok"],
+        lambda config: bool(config.get("norm_topk_prob", False)),
+    ),
     peft=peft_layout(
         experts="model.layers.{layer}.mlp.experts",
         router="model.layers.{layer}.mlp.gate.weight",

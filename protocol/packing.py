@@ -1,0 +1,111 @@
+"""Packed layouts of frozen weights: group-wise along the input, one float16 scale per group.
+
+Letters: O output features, I input features, G group size (divides I).
+
+format  bytes of a row  value
+int4    I / 2           scale * (nibble - 8), nibbles 1..15, the even column in the high nibble; scale = max|w| / 7
+nf4     I / 2           scale * NF4[nibble], nibbles alike; scale = max|w| (QLoRA, Dettmers et al. 2023)
+int8    I               scale * (byte - 128), bytes 1..255; scale = max|w| / 127
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP = 32
+FORMATS = ("int4", "nf4", "int8")
+BITS = {"int4": 4, "nf4": 4, "int8": 8}
+# Quantiles of a normal distribution, scaled to [-1, 1] and with an exact zero; values as in bitsandbytes.
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+
+def packed_bytes(format: str, out: int, features: int) -> int:
+    """Bytes of the packed part of a weight [O, I].
+
+    >>> packed_bytes("int4", 3, 64), packed_bytes("int8", 3, 64)
+    (96, 192)
+    """
+    return out * features * BITS[format] // 8
+
+
+def quantize(
+    weight: NDArray[Any], format: str = "int4", group: int = GROUP
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Round to the nearest level of each group.
+
+    Parameters
+    ----------
+    weight : float array [O, I]
+    group : int
+        G; I must be a multiple of it, and even.
+
+    Returns
+    -------
+    packed : uint8 [O, I / 2] or [O, I]
+    scale : float16 [O, I / G]
+
+    Raises
+    ------
+    ValueError
+        When I is not a multiple of `group`, or a weight is not finite or too large for a float16 scale.
+
+    Examples
+    --------
+    >>> packed, scale = quantize(np.array([[7.0, -7.0, 0.0, 1.0]]), group=4)
+    >>> packed.tolist(), scale.tolist()
+    ([[241, 137]], [[1.0]])
+    """
+    rows, columns = weight.shape
+    if columns % group or columns % 2:
+        raise ValueError(f"{columns} input features are not a multiple of the group of {group}")
+    groups = np.asarray(weight, dtype=np.float32).reshape(rows, columns // group, group)
+    top = {"int4": 7, "nf4": 1, "int8": 127}[format]
+    largest = np.abs(groups).max(-1)
+    if not np.isfinite(largest).all():
+        raise ValueError("weight holds NaN or infinity")
+    # The scale is rounded to its stored precision first, so that levels are chosen for what will be read back.
+    with np.errstate(over="ignore"):
+        scale = (largest / np.float32(top)).astype(np.float16)
+    if not np.isfinite(scale).all():
+        raise ValueError("weight is too large for a float16 scale")
+    levels = groups / np.maximum(scale.astype(np.float32), np.float32(2.0**-24))[..., None]
+    if format == "nf4":
+        borders = (NF4[1:] + NF4[:-1]) / 2
+        codes = np.searchsorted(borders, levels).astype(np.uint8)
+    else:
+        np.rint(levels, out=levels)
+        np.clip(levels, -top, top, out=levels)
+        levels += 8 if format == "int4" else 128
+        codes = levels.astype(np.uint8)
+    flat = codes.reshape(rows, columns)
+    return flat if format == "int8" else (flat[:, 0::2] << 4) | flat[:, 1::2], scale
+
+
+def dequantize(
+    packed: NDArray[np.uint8], scale: NDArray[Any], format: str = "int4"
+) -> NDArray[np.float32]:
+    """Inverse of `quantize` up to half a level; float32 [O, I].
+
+    >>> dequantize(np.array([[241, 137]], np.uint8), np.array([[1.0]], np.float16)).tolist()
+    [[7.0, -7.0, 0.0, 1.0]]
+    """
+    if format == "int8":
+        levels = packed.astype(np.float32) - 128
+    else:
+        codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
+        codes[:, 0::2] = packed >> 4
+        codes[:, 1::2] = packed & 15
+        levels = NF4[codes] if format == "nf4" else codes.astype(np.float32) - 8
+    groups = levels.reshape(packed.shape[0], scale.shape[1], -1)
+    return (groups * scale.astype(np.float32)[..., None]).reshape(levels.shape)
