@@ -32,8 +32,8 @@ from export.blob_store import BlobStore, write_atomically
 from export.checkpoint import Checkpoint, CheckpointError, locate
 from export.families import FamilyError
 from export.programs import lower_programs
-from export.slice_base import slice_base
-from protocol import PROTOCOL_VERSION, manifest
+from export.slice_base import FORMATS, slice_base
+from protocol import PROTOCOL_VERSION, manifest, packing
 from protocol.manifest import BaseIndex, Manifest, ManifestError, Shape
 from reference_base import MODEL_DIR
 
@@ -249,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("store"), help="store directory (default: %(default)s)"
     )
+    parser.add_argument(
+        "--formats",
+        default=",".join(FORMATS),
+        help="formats that experts and dense are stored in, of int4,nf4,int8 (default: %(default)s)",
+    )
     parser.add_argument("--experts", type=Path, help="JSON with routing mass or a selection")
     parser.add_argument("--rank", type=int, help="LoRA rank (default: the profile's)")
     parser.add_argument("--sequence", type=int, help="tokens per row (default: the profile's)")
@@ -263,6 +268,16 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply the profile's memory budget; once for all profiles or once for each",
     )
     return parser
+
+
+def _formats(given: str) -> tuple[str, ...]:
+    """The formats of `--formats`, each once."""
+    formats = tuple(dict.fromkeys(given.split(",")))
+    if unknown := set(formats) - set(packing.FORMATS):
+        raise ExpertsError(
+            f"--formats {','.join(sorted(unknown))}: of {', '.join(packing.FORMATS)} wanted"
+        )
+    return formats
 
 
 def _scales(given: list[float] | None, profiles: int) -> list[float]:
@@ -306,7 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         family = families.of(checkpoint.config, str(checkpoint.path))
         # Once for all profiles: their artifacts share the blobs.
         with _bar(console, "base", len(family.moe_layers(checkpoint.config)) + 1) as advance:
-            base = slice_base(checkpoint, family, BlobStore(args.out), advance)
+            base = slice_base(
+                checkpoint, family, BlobStore(args.out), advance, _formats(args.formats)
+            )
         for profile, scale in zip(profiles, scales, strict=True):
             choices = Choices(
                 rank=args.rank,

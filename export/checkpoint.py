@@ -75,8 +75,8 @@ class Checkpoint:
         """All tensor names."""
         return sorted(self._where)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as float32.
+    def tensor(self, name: str, index: int | None = None) -> torch.Tensor:
+        """One tensor as float32; with `index` only that entry of its first dimension.
 
         Raises
         ------
@@ -86,9 +86,11 @@ class Checkpoint:
         if name not in self._where:
             raise CheckpointError(f"{self.path}: tensor '{name}' is missing")
         try:
-            value = self._where[name].get_tensor(name).float()
+            shard = self._where[name]
+            value = shard.get_tensor(name) if index is None else shard.get_slice(name)[index]
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: tensor '{name}' is unreadable: {error}") from error
+        value = value.float()
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{self.path}: tensor '{name}' holds NaN or infinity")
         return value

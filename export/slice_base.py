@@ -1,11 +1,11 @@
-"""Checkpoint -> base index: every expert quantised into a blob of its own, the rest into the dense blob."""
+"""Checkpoint -> base index: every expert quantised into blobs of its own, one per format; the rest into dense blobs."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,30 +16,45 @@ from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint, CheckpointError
 from export.families.family import Family
 from export.train_graph import dense_names, skeleton
-from protocol import PROTOCOL_VERSION, int4, tensors
+from protocol import PROTOCOL_VERSION, packing, tensors
 from protocol.manifest import BaseIndex, Blob, to_json
 
-
-def expert_blob(gate_up: NDArray[Any], down: NDArray[Any], group: int) -> bytes:
-    """Quantise one expert: `gate_up` [2f, d], `down` [d, f] -> the bytes of its blob."""
-    named = {}
-    for name, weight in (("gate_up", gate_up), ("down", down)):
-        named[f"{name}.packed"], named[f"{name}.scale"] = int4.quantize(weight, group)
-    return tensors.encode(named)
+FORMATS = ("int4", "int8")
+"""Sliced unless asked otherwise: what the planner chooses from."""
 
 
-def _projection(
-    checkpoint: Checkpoint, family: Family, projection: str, layer: int
-) -> Callable[[int], Any]:
-    """expert -> its weight [out, in], from the fused tensor of the layer or from the expert's own."""
-    fused = family.fused[projection].format(layer=layer)
+@dataclasses.dataclass
+class Error:
+    """Squared error and squared weight of what was packed in one format."""
+
+    squared: float = 0.0
+    weight: float = 0.0
+
+    def add(
+        self, weight: NDArray[Any], packed: NDArray[Any], scale: NDArray[Any], format: str
+    ) -> None:
+        """Count one matrix [O, I]."""
+        difference = (packing.dequantize(packed, scale, format) - weight).ravel()
+        self.squared += float(difference @ difference)
+        self.weight += float(weight.ravel() @ weight.ravel())
+
+    @property
+    def relative(self) -> float:
+        """Root of mean squared error over root of mean squared weight."""
+        return round((self.squared / self.weight) ** 0.5, 6) if self.weight else 0.0
+
+
+def _read(
+    checkpoint: Checkpoint, family: Family, projection: str, layer: int, expert: int
+) -> NDArray[Any]:
+    """One projection of one expert, [out, in] float32: from the layer's fused tensor or from the expert's own."""
+    fused = family.fused.get(projection, "").format(layer=layer)
     if fused in checkpoint:
-        whole = checkpoint.tensor(fused)
-        return lambda expert: whole[expert].numpy()
-    parts = family.split[projection]
-    return lambda expert: torch.cat(
-        [checkpoint.tensor(part.format(layer=layer, expert=expert)) for part in parts]
-    ).numpy()
+        return checkpoint.tensor(fused, expert).numpy()
+    parts = [part.format(layer=layer, expert=expert) for part in family.split[projection]]
+    if len(parts) == 1:
+        return checkpoint.tensor(parts[0]).numpy()
+    return torch.cat([checkpoint.tensor(part) for part in parts]).numpy()
 
 
 def _prior(checkpoint: Checkpoint, layers: int, experts: int) -> tuple[tuple[float, ...], ...]:
@@ -54,8 +69,77 @@ def _prior(checkpoint: Checkpoint, layers: int, experts: int) -> tuple[tuple[flo
     return tuple(tuple(round(float(v), 6) for v in row) for row in mass)
 
 
+def _expert(
+    base: BaseIndex,
+    checkpoint: Checkpoint,
+    family: Family,
+    store: BlobStore,
+    layer: int,
+    expert: int,
+    errors: dict[str, Error],
+) -> dict[str, Blob]:
+    """format -> the blob of one expert."""
+    where = f"{checkpoint.path}: expert {expert} in layer {layer}"
+    named: dict[str, dict[str, NDArray[Any]]] = {format: {} for format in errors}
+    for projection in base.projections:
+        weight = _read(checkpoint, family, projection, layer, expert)
+        if weight.shape != base.features(projection):
+            raise CheckpointError(
+                f"{checkpoint.path}: {projection} of expert {expert} in layer {layer} is "
+                f"{list(weight.shape)}, {list(base.features(projection))} wanted"
+            )
+        for format, error in errors.items():
+            try:
+                packed, scale = packing.quantize(weight, format, base.group)
+            except ValueError as problem:
+                raise CheckpointError(f"{where}: {problem}") from problem
+            error.add(weight, packed, scale, format)
+            named[format][f"{projection}.packed"] = packed
+            named[format][f"{projection}.scale"] = scale
+    return {format: store.put(tensors.encode(parts)) for format, parts in named.items()}
+
+
+def _dense(
+    base: BaseIndex,
+    checkpoint: Checkpoint,
+    family: Family,
+    store: BlobStore,
+    formats: Sequence[str],
+) -> dict[str, Blob]:
+    """format -> the dense blob."""
+    named: dict[str, dict[str, NDArray[Any]]] = {format: {} for format in formats}
+    for name, shape in dense_names(skeleton(base), base, family).items():
+        value = checkpoint.tensor(name).numpy()
+        if value.shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: '{name}' is {list(value.shape)}, {list(shape)} wanted"
+            )
+        for format, parts in named.items():
+            if not packing.packs(shape):
+                parts[name] = value
+                continue
+            try:
+                parts[f"{name}.packed"], parts[f"{name}.scale"] = packing.quantize(value, format)
+            except ValueError as problem:
+                raise CheckpointError(f"{checkpoint.path}: '{name}': {problem}") from problem
+    for layer in base.moe_layers:
+        # Routers stay exact: an adapter carries them whole, base rows and change.
+        routers = {"router": family.router} | {
+            f"router.{name}": path for name, path in family.router_extra.items()
+        }
+        for name, path in routers.items():
+            value = checkpoint.tensor(path.format(layer=layer)).numpy()
+            for parts in named.values():
+                parts[f"layers.{layer}.{name}"] = value
+    return {format: store.put(tensors.encode(parts)) for format, parts in named.items()}
+
+
 def slice_base(
-    checkpoint: Checkpoint, family: Family, store: BlobStore, advance: Callable[[str], None]
+    checkpoint: Checkpoint,
+    family: Family,
+    store: BlobStore,
+    advance: Callable[[str], None],
+    formats: Sequence[str] = FORMATS,
 ) -> BaseIndex:
     """Write all blobs of a checkpoint.
 
@@ -63,16 +147,16 @@ def slice_base(
     ----------
     advance : callable
         Told of each finished layer.
+    formats : sequence of str
+        Of `packing.FORMATS`: every expert and the dense part are written in each of them.
 
     Raises
     ------
     CheckpointError
-        A tensor is missing or of the wrong shape, or a width is no multiple of the int4 group.
+        A tensor is missing or of the wrong shape, or a width is no multiple of the group.
     """
     config = checkpoint.config
     layers, experts = family.moe_layers(config), family.num_experts(config)
-    tokenizer = store.put(checkpoint.file("tokenizer.json"))
-    empty = Blob(sha256="0" * 64, bytes=0)
     base = BaseIndex(
         protocol=PROTOCOL_VERSION,
         base="",
@@ -84,45 +168,32 @@ def slice_base(
         hidden=int(config["hidden_size"]),
         intermediate=family.intermediate(config),
         vocabulary=int(config["vocab_size"]),
-        group=int4.GROUP,
-        dense=empty,
-        tokenizer=tokenizer,
-        experts=(),
+        group=packing.GROUP,
+        architecture=family.architecture,
+        projections=family.projections,
+        dense={},
+        tokenizer=store.put(checkpoint.file("tokenizer.json")),
+        experts={},
+        error={},
         routing_prior=_prior(checkpoint, len(layers), experts),
         peft=family.peft,
     )
-    rows = []
-    for layer in layers:
-        gate_up = _projection(checkpoint, family, "gate_up", layer)
-        down = _projection(checkpoint, family, "down", layer)
-        row = []
-        for expert in range(experts):
-            weights = gate_up(expert), down(expert)
-            for weight, projection in zip(weights, ("gate_up", "down"), strict=True):
-                if weight.shape != base.features(projection):
-                    raise CheckpointError(
-                        f"{checkpoint.path}: {projection} of expert {expert} in layer {layer} is "
-                        f"{list(weight.shape)}, {list(base.features(projection))} wanted"
-                    )
-            try:
-                row.append(store.put(expert_blob(*weights, base.group)))
-            except ValueError as error:
-                where = f"{checkpoint.path}: expert {expert} in layer {layer}"
-                raise CheckpointError(f"{where}: {error}") from error
-        rows.append(tuple(row))
-        advance(f"layer {layer}")
-    dense = {}
-    for name, shape in dense_names(skeleton(base), base, family).items():
-        value = checkpoint.tensor(name)
-        if tuple(value.shape) != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: '{name}' is {list(value.shape)}, {list(shape)} wanted"
-            )
-        dense[name] = value.to(torch.float16).numpy()
-    for layer in layers:
-        # Routers stay exact: an adapter carries them whole, base rows and change.
-        router = checkpoint.tensor(family.router.format(layer=layer))
-        dense[f"layers.{layer}.router"] = router.numpy()
-    base = dataclasses.replace(base, experts=tuple(rows), dense=store.put(tensors.encode(dense)))
+    errors = {format: Error() for format in formats}
+    rows: dict[str, list[tuple[Blob, ...]]] = {format: [] for format in formats}
+    if base.projections != ("adapter",):
+        for layer in layers:
+            blobs = [
+                _expert(base, checkpoint, family, store, layer, expert, errors)
+                for expert in range(experts)
+            ]
+            for format in formats:
+                rows[format].append(tuple(blob[format] for blob in blobs))
+            advance(f"layer {layer}")
+        base = dataclasses.replace(
+            base,
+            experts={format: tuple(row) for format, row in rows.items()},
+            error={format: error.relative for format, error in errors.items()},
+        )
+    base = dataclasses.replace(base, dense=_dense(base, checkpoint, family, store, formats))
     advance("dense")
     return dataclasses.replace(base, base=hashlib.sha256(to_json(base)).hexdigest())

@@ -30,6 +30,15 @@ NF4 = np.array(
 )
 
 
+def packs(shape: tuple[int, ...]) -> bool:
+    """Whether a dense tensor of this shape is stored packed: a matrix whose input is a multiple of the group.
+
+    >>> packs((10, 64)), packs((10, 65)), packs((64,))
+    (True, False, False)
+    """
+    return len(shape) == 2 and shape[1] % GROUP == 0
+
+
 def packed_bytes(format: str, out: int, features: int) -> int:
     """Bytes of the packed part of a weight [O, I].
 

@@ -10,30 +10,72 @@ from export import families
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint, CheckpointError
 from export.slice_base import slice_base
-from protocol import int4, tensors
+from protocol import packing, tensors
 
 
-def sliced(folder, out):
+def sliced(folder, out, formats=("int4", "int8")):
     checkpoint = Checkpoint(folder)
     store = BlobStore(out)
     family = families.of(checkpoint.config, "here")
-    return slice_base(checkpoint, family, store, lambda stage: None), store
+    return slice_base(checkpoint, family, store, lambda stage: None, formats), store
 
 
-def test_every_expert_is_a_blob_close_to_its_weight(tiny_checkpoint, tmp_path):
-    base, store = sliced(tiny_checkpoint, tmp_path)
+@pytest.mark.parametrize("format", packing.FORMATS)
+def test_every_expert_is_a_blob_close_to_its_weight(tiny_checkpoint, tmp_path, format):
+    base, store = sliced(tiny_checkpoint, tmp_path, (format,))
     model = OlmoeForCausalLM.from_pretrained(tiny_checkpoint)
+    # Half the widest distance between two levels, in units of the scale, and what rounding the scale adds.
+    near = {"int4": 0.51, "int8": 0.57, "nf4": 0.153}[format]
+    squared, total = 0.0, 0.0
     for layer in range(2):
         experts = model.model.layers[layer].mlp.experts
         for e in range(4):
-            blob = tensors.decode(store.get(base.experts[layer][e]))
+            blob = tensors.decode(store.get(base.experts[format][layer][e]))
             for name, weight in (
-                ("gate_up", experts.gate_up_proj[e]),
-                ("down", experts.down_proj[e]),
+                ("gate_up", experts.gate_up_proj[e].detach().numpy()),
+                ("down", experts.down_proj[e].detach().numpy()),
             ):
-                back = int4.dequantize(blob[f"{name}.packed"], blob[f"{name}.scale"])
-                step = np.repeat(blob[f"{name}.scale"].astype(np.float32), int4.GROUP, axis=1)
-                assert (np.abs(back - weight.detach().numpy()) <= step * 0.51).all()
+                back = packing.dequantize(blob[f"{name}.packed"], blob[f"{name}.scale"], format)
+                step = np.repeat(blob[f"{name}.scale"].astype(np.float32), packing.GROUP, axis=1)
+                assert (np.abs(back - weight) <= step * near).all()
+                squared += ((back - weight) ** 2).sum()
+                total += (weight**2).sum()
+    assert base.error == {format: pytest.approx((squared / total) ** 0.5, abs=2e-6)}
+
+
+def test_the_dense_part_packs_matrices_and_keeps_vectors_and_routers(tiny_checkpoint, tmp_path):
+    base, store = sliced(tiny_checkpoint, tmp_path)
+    state = OlmoeForCausalLM.from_pretrained(tiny_checkpoint).state_dict()
+    assert set(base.dense) == set(base.experts) == set(base.error) == {"int4", "int8"}
+    for format, wanted in (("int4", (300, 32)), ("int8", (300, 64))):
+        dense = tensors.decode(store.get(base.dense[format]))
+        assert dense["model.embed_tokens.weight.packed"].shape == wanted
+        assert dense["model.embed_tokens.weight.scale"].shape == (300, 2)
+        norm = dense["model.norm.weight"]
+        assert norm.dtype == np.float32
+        router = state["model.layers.1.mlp.gate.weight"].numpy()
+        np.testing.assert_array_equal(dense["layers.1.router"], router)
+        assert not any("experts" in name or "lm_head" in name for name in dense)
+
+
+def test_extra_router_tensors_lie_beside_the_router(tiny_checkpoint, tmp_path):
+    checkpoint = Checkpoint(tiny_checkpoint)
+    family = dataclasses.replace(
+        families.of(checkpoint.config, "here"),
+        router_extra={"bias": "model.layers.{layer}.post_attention_layernorm.weight"},
+    )
+    store = BlobStore(tmp_path)
+    base = slice_base(checkpoint, family, store, lambda stage: None, ("int8",))
+    dense = tensors.decode(store.get(base.dense["int8"]))
+    assert dense["layers.0.router.bias"].shape == (64,)
+
+
+def test_adapter_experts_have_no_blobs(tiny_checkpoint, tmp_path):
+    checkpoint = Checkpoint(tiny_checkpoint)
+    family = dataclasses.replace(families.of(checkpoint.config, "here"), projections=("adapter",))
+    base = slice_base(checkpoint, family, BlobStore(tmp_path), lambda stage: None)
+    assert base.experts == {}
+    assert base.error == {}
 
 
 def test_fused_and_split_checkpoints_are_the_same_base(tiny_checkpoint, tmp_path):
@@ -68,12 +110,13 @@ def test_the_hash_follows_the_weights_and_nothing_is_written_twice(tiny_checkpoi
         (other_folder / file).write_bytes((tiny_checkpoint / file).read_bytes())
     other, _ = sliced(other_folder, tmp_path / "b")
     assert other.base != base.base
-    same = [
-        x == y
-        for a, b in zip(base.experts, other.experts, strict=True)
-        for x, y in zip(a, b, strict=True)
-    ]
-    assert sum(same) == 7
+    for format in ("int4", "int8"):
+        same = [
+            x == y
+            for a, b in zip(base.experts[format], other.experts[format], strict=True)
+            for x, y in zip(a, b, strict=True)
+        ]
+        assert sum(same) == 7
 
 
 def test_a_wrong_shape_is_named(tiny_checkpoint, tmp_path):
