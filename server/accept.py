@@ -1,6 +1,6 @@
 """Check one update against the lease it answers, before it can touch any state. Pure.
 
-Letters: L MoE layers, E experts per layer, R rank.
+Letters: L MoE layers, E experts per layer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from protocol.messages import Lease
 from protocol.tensors import TensorError
 from protocol.update import Facts
 
+RankOf = Mapping[tuple[int, int], int]
 MAX_RMS = 8.0  # root mean square of a factor or row; a fresh A has 1 / sqrt(3 * features)
 SLACK = 1.001  # float32 sums over many tokens
 HEADER = 512  # bytes of a safetensors header per tensor, at most
@@ -41,14 +42,23 @@ class Accepted:
         return self.stats["trained_tokens"]
 
 
-def expected_shapes(
-    trained: Mapping[str, tuple[int, ...]], base: BaseIndex, rank: int
-) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every adapter tensor of an update for `trained`."""
+def expected_shapes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every adapter tensor of an update for `lease`.
+
+    Raises
+    ------
+    UpdateRejected
+        An expert to train that is not resident, or in a frozen slot.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer, experts in trained.items():
+    for layer, experts in lease.trained.items():
         for expert in experts:
-            for projection in names.PROJECTIONS:
+            if expert not in lease.resident.get(layer, ()):
+                raise UpdateRejected(f"expert {expert} of layer {layer} is not among the resident")
+            rank = rank_of.get((int(layer), expert), 0)
+            if not rank:
+                raise UpdateRejected(f"expert {expert} of layer {layer} is in a frozen slot")
+            for projection in base.projections:
                 out, into = base.features(projection)
                 shapes[names.lora(int(layer), expert, projection, "lora_A")] = (rank, into)
                 shapes[names.lora(int(layer), expert, projection, "lora_B")] = (out, rank)
@@ -56,16 +66,22 @@ def expected_shapes(
     return shapes
 
 
-def max_update_bytes(trained: Mapping[str, tuple[int, ...]], base: BaseIndex, rank: int) -> int:
-    """The most bytes that an update for `trained` can need."""
-    shapes = expected_shapes(trained, base, rank)
+def max_update_bytes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> int:
+    """The most bytes that an update for `lease` can need; raises UpdateRejected as `expected_shapes`."""
+    shapes = expected_shapes(lease, rank_of, base)
     stats = len(update.STATS) * len(base.moe_layers) * base.num_experts
     floats = sum(int(np.prod(shape)) for shape in shapes.values()) + stats
     return 4 * floats + HEADER * (len(shapes) + len(update.STATS)) + (64 << 10)
 
 
 def accept(
-    data: bytes, lease: Lease, base: BaseIndex, *, rank: int, tokens_per_step: int, version: int
+    data: bytes,
+    lease: Lease,
+    base: BaseIndex,
+    *,
+    rank_of: RankOf,
+    tokens_per_step: int,
+    version: int,
 ) -> Accepted:
     """Open and check an update.
 
@@ -73,7 +89,7 @@ def accept(
     ----------
     data : bytes as uploaded
     lease : what the device was asked to do
-    rank : of the adapter
+    rank_of : (layer, expert) -> rank of the slot of each resident expert, see `adapters.ranks`
     tokens_per_step : batch rows times sequence of the device's program; bounds what it can have trained on
     version : adapter version of the open round; an update from another one is stale
 
@@ -84,13 +100,11 @@ def accept(
     """
     if lease.base_version != version:
         raise UpdateRejected(f"stale: trained from version {lease.base_version}, now {version}")
-    if not _within(lease.trained, lease.resident):
-        raise UpdateRejected("trained experts are not among the resident ones")
+    wanted = expected_shapes(lease, rank_of, base)
     try:
-        tensors, stats, facts = update.unpack(data, max_update_bytes(lease.trained, base, rank))
+        tensors, stats, facts = update.unpack(data, max_update_bytes(lease, rank_of, base))
     except TensorError as error:
         raise UpdateRejected(str(error)) from error
-    wanted = expected_shapes(lease.trained, base, rank)
     _check_tensors(tensors, wanted)
     layers, experts = len(base.moe_layers), base.num_experts
     _check_tensors(stats, {name: (layers, experts) for name in update.STATS})
@@ -104,10 +118,6 @@ def accept(
     if facts.rows < 0 or facts.tokens < 0 or facts.steps < 0 or facts.held_back_rows < 0:
         raise UpdateRejected("negative count in the facts")
     return Accepted(tensors=tensors, stats=stats, facts=facts)
-
-
-def _within(inner: Mapping[str, tuple[int, ...]], outer: Mapping[str, tuple[int, ...]]) -> bool:
-    return all(set(experts) <= set(outer.get(layer, ())) for layer, experts in inner.items())
 
 
 def _check_tensors(

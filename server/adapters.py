@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import lora, names, tensors
-from protocol.manifest import BaseIndex, Blob
+from protocol.manifest import BaseIndex, Blob, Shape
 
 _DTYPES = {
     "F32": np.float32,
@@ -56,7 +56,7 @@ def fresh(base: BaseIndex, rank: int) -> dict[str, NDArray[np.float32]]:
     adapter: dict[str, NDArray[np.float32]] = {}
     for layer in base.moe_layers:
         for expert in range(base.num_experts):
-            for projection in names.PROJECTIONS:
+            for projection in base.projections:
                 out, into = base.features(projection)
                 key = names.lora(layer, expert, projection, "lora_A")
                 adapter[key] = lora.fresh_a(key, rank, into)
@@ -88,19 +88,56 @@ def read_version(folder: Path, version: int) -> dict[str, NDArray[np.float32]]:
     return map_tensors(folder / str(version) / "adapter.safetensors")
 
 
+def rank(folder: Path, version: int) -> int:
+    """Rank of a version: the rows of its A factors."""
+    adapter = read_version(folder, version)
+    return max(a.shape[0] for name, a in adapter.items() if name.endswith(".lora_A"))
+
+
+def ranks(
+    resident: Mapping[str, tuple[int, ...]], shape: Shape, base: BaseIndex
+) -> dict[tuple[int, int], int]:
+    """(layer, expert) -> rank of the slot it sits in, 0 where it is frozen; residents are in slot order.
+
+    Raises
+    ------
+    ValueError
+        More residents than slots: they were chosen for another shape.
+    """
+    found: dict[tuple[int, int], int] = {}
+    for layer, slots in zip(base.moe_layers, shape.slots, strict=True):
+        experts = resident.get(str(layer), ())
+        if len(experts) > len(slots):
+            raise ValueError(f"{len(experts)} experts in {len(slots)} slots of layer {layer}")
+        found |= {(layer, e): slot.rank for e, slot in zip(experts, slots, strict=False)}
+    return found
+
+
 def slice_for(
-    adapter: Mapping[str, NDArray[np.float32]], resident: Mapping[str, tuple[int, ...]]
+    adapter: Mapping[str, NDArray[np.float32]],
+    rank_of: Mapping[tuple[int, int], int],
+    base: BaseIndex,
 ) -> bytes:
-    """Safetensors bytes with the factors and router rows of the resident experts."""
+    """Safetensors bytes with what a device needs of the adapter.
+
+    Parameters
+    ----------
+    rank_of : (layer, expert) -> r, of every resident expert
+
+    Returns
+    -------
+    The router row of each expert, the first r rows of its A and the first r columns of its B. After the SVD rule of
+    `aggregate` these are its best factors of rank r.
+    """
     part: dict[str, NDArray[np.float32]] = {}
-    for layer, experts in resident.items():
-        for expert in experts:
-            for projection in names.PROJECTIONS:
-                for factor in names.FACTORS:
-                    key = names.lora(int(layer), expert, projection, factor)
-                    part[key] = adapter[key]
-            key = names.router_row(int(layer), expert)
-            part[key] = adapter[key]
+    for (layer, expert), rank in rank_of.items():
+        for projection in base.projections if rank else ():
+            key = names.lora(layer, expert, projection, "lora_A")
+            part[key] = adapter[key][:rank]
+            key = names.lora(layer, expert, projection, "lora_B")
+            part[key] = adapter[key][:, :rank]
+        key = names.router_row(layer, expert)
+        part[key] = adapter[key]
     return tensors.encode(part)
 
 

@@ -1,11 +1,15 @@
 """Accepted updates -> the next global adapter. Pure: arrays in, arrays out.
 
-Letters: K contributors of a key, R rank, I input features, O output features.
+Letters: K contributors of a key, R rank of the run, r <= R rank of a contribution, I input and O output features.
 
 Every key has its own weights: a device counts for an expert with the tokens that trained that expert there. A small
 prior mass `a_0` stands for the old value, so that a lone contributor does not simply overwrite it. LoRA factors must
 not be averaged on their own (mean(B) mean(A) is not mean(BA)); the default rule aggregates the products and projects
 them back to rank R by a QR core, which never forms the O x I matrix.
+
+A device whose slot has rank r < R got the first r rows of A and columns of B and knows nothing of the rest. Its
+contribution stands for what it trained plus the rest as it was, B_k A_k + B[:, r:] A[r:]: it votes for the old tail
+instead of erasing it.
 """
 
 from __future__ import annotations
@@ -21,11 +25,16 @@ from protocol import names
 Floats = NDArray[np.float64]
 Array = NDArray[np.float32]
 FRESH_NORM = 1 / np.sqrt(3.0)  # norm of a row of `lora.fresh_a`
+# An activation stands between the factors of an adapter expert: they are averaged one by one.
+NOT_A_PRODUCT = ("adapter",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """One accepted update. `weights` maps (layer id, expert id) to the tokens that trained it."""
+    """One accepted update. `weights` maps (layer id, expert id) to the tokens that trained it.
+
+    Factors are [r, I] and [O, r], r <= R; each expert may have its own r.
+    """
 
     device: str
     tensors: Mapping[str, NDArray[np.float32]]
@@ -54,8 +63,9 @@ def reproject(
 
     Returns
     -------
-    a : [R, I], orthogonal rows with the norm of a fresh A, so that directions of no weight yet stay trainable
-    b : [O, R]
+    a : [R, I], orthogonal rows with the norm of a fresh A, so that directions of no weight yet stay trainable; its
+        first r rows, with the first r columns of `b`, are the best factors of rank r
+    b : [O, R], columns of falling norm
     tail : squared singular values beyond R over all of them
 
     Examples
@@ -96,6 +106,7 @@ def centred(rows: Mapping[int, Floats]) -> dict[int, Floats]:
 def aggregate(
     adapter: Mapping[str, Array],
     contributions: Sequence[Contribution],
+    projections: Sequence[str],
     *,
     rule: str = "svd",
     prior: float = 0.05,
@@ -106,8 +117,9 @@ def aggregate(
     ----------
     adapter : all global names -> float32
     contributions : any order; the result does not depend on it
+    projections : of an expert of this base
     rule : "svd" | "factors"
-        "factors" takes plain weighted means of A and of B (FedIT).
+        "factors" takes plain weighted means of A and of B (FedIT), and so do adapter experts under either rule.
     prior : float >= 0
         Prior mass as a share of the median total mass of the experts trained in this round.
 
@@ -132,10 +144,10 @@ def aggregate(
         members = holders[layer, expert]
         total = a_0 + sum(w for _, w in members)
         parts = [(c, w / total) for c, w in members]
-        for projection in names.PROJECTIONS:
+        for projection in projections:
             key_a = names.lora(layer, expert, projection, "lora_A")
             key_b = names.lora(layer, expert, projection, "lora_B")
-            if rule == "factors":
+            if rule == "factors" or projection in NOT_A_PRODUCT:
                 new[key_a], new[key_b] = _mean(adapter, key_a, parts), _mean(adapter, key_b, parts)
                 continue
             new[key_a], new[key_b], tail = _product(adapter, key_a, key_b, parts)
@@ -154,8 +166,14 @@ def aggregate(
 def _mean(
     adapter: Mapping[str, Array], key: str, parts: Sequence[tuple[Contribution, float]]
 ) -> Array:
+    """Weighted mean of a factor; what lies beyond a contribution's rank counts as unchanged."""
     old = adapter[key].astype(np.float64)
-    return np.asarray(old + sum(w * (c.tensors[key] - old) for c, w in parts), np.float32)
+    moved = np.zeros_like(old)
+    for c, w in parts:
+        value = c.tensors[key]
+        mine = tuple(slice(n) for n in value.shape)
+        moved[mine] += w * (value - old[mine])
+    return np.asarray(old + moved, np.float32)
 
 
 def _product(
@@ -164,13 +182,23 @@ def _product(
     key_b: str,
     parts: Sequence[tuple[Contribution, float]],
 ) -> tuple[Array, Array, float]:
-    rest = 1.0 - sum(w for _, w in parts)
+    old_a, old_b = adapter[key_a], adapter[key_b].astype(np.float64)
+    rank = old_a.shape[0]
     left = [w * c.tensors[key_b].astype(np.float64) for c, w in parts]
     right = [c.tensors[key_a] for c, _ in parts]
-    if rest > 0 and adapter[key_b].any():
-        left.append(rest * adapter[key_b].astype(np.float64))
-        right.append(adapter[key_a])
-    a, b, tail = reproject(left, right, adapter[key_a].shape[0])
+    # How much of each of the old product's R terms stays: the prior's share, and the share of all who did not have it.
+    stays = np.full(rank, max(0.0, 1.0 - sum(w for _, w in parts)))
+    for c, w in parts:
+        stays[c.tensors[key_a].shape[0] :] += w
+    kept = stays > 0
+    if kept.any() and old_b.any():
+        left.append(stays[kept] * old_b[:, kept])
+        right.append(old_a[kept])
+    if sum(len(a) for a in right) < rank:
+        # Too few directions for R rows: the old ones are kept, with no weight, so that they stay trainable.
+        left.append(np.zeros_like(old_b))
+        right.append(old_a)
+    a, b, tail = reproject(left, right, rank)
     return a.astype(np.float32), b.astype(np.float32), tail
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from protocol.manifest import BaseIndex, Manifest, ManifestError, read_base, read_manifest
+from protocol.manifest import BaseIndex, Manifest, ManifestError, Shape, read_base, read_manifest
 from server.adapters import map_tensors
 
 _PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -20,20 +21,18 @@ class Artifacts:
     Raises
     ------
     ManifestError
-        No base, no profile, or profiles of different ranks (one adapter cannot serve both).
+        No base, no profile, or a manifest that does not fit the base.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base: BaseIndex = read_base(folder / "base.json")
         self._manifests: dict[str, tuple[int, Manifest]] = {}
-        ranks = {name: self.manifest(name).shape.rank for name in self.profiles()}
-        if not ranks:
+        shapes = [self.manifest(name).shape for name in self.profiles()]
+        if not shapes:
             raise ManifestError(f"{folder}: no profile is built there, see python -m export.build")
-        if len(set(ranks.values())) > 1:
-            found = ", ".join(f"{name} {rank}" for name, rank in sorted(ranks.items()))
-            raise ManifestError(f"{folder}: one rank wanted for all profiles, found {found}")
-        self.rank = next(iter(ranks.values()))
+        # The run's rank: of the adapter that every device's factors are cut from.
+        self.rank = max(map(_largest_rank, shapes))
 
     def profiles(self) -> list[str]:
         """Names of the profiles that are built."""
@@ -53,7 +52,8 @@ class Artifacts:
         Raises
         ------
         ManifestError
-            Unknown profile, unreadable file, another base, wrong number of layers, another rank.
+            Unknown profile, unreadable file, another base, wrong number of layers, a format that the base lacks, a rank
+            above the run's.
         """
         path = self.manifest_path(profile)
         stamp = path.stat().st_mtime_ns
@@ -63,12 +63,27 @@ class Artifacts:
         manifest = read_manifest(path)
         if manifest.base != self.base.base:
             raise ManifestError(f"{path}: built from another base")
-        if len(manifest.shape.slots) != len(self.base.moe_layers):
-            raise ManifestError(f"{path}: {len(manifest.shape.slots)} layers of slots")
-        if hasattr(self, "rank") and manifest.shape.rank != self.rank:
-            raise ManifestError(f"{path}: rank {manifest.shape.rank} found, {self.rank} wanted")
+        self._check(manifest.shape, str(path))
         self._manifests[profile] = (stamp, manifest)
         return manifest
+
+    def _check(self, shape: Shape, where: str) -> None:
+        base = self.base
+        if len(shape.slots) != len(base.moe_layers):
+            found, wanted = len(shape.slots), len(base.moe_layers)
+            raise ManifestError(f"{where}: slots for {found} layers found, {wanted} wanted")
+        if shape.dense not in base.dense:
+            raise ManifestError(f"{where}: dense {shape.dense}, the base has {_list(base.dense)}")
+        for slot in (slot for layer in shape.slots for slot in layer):
+            # Adapter experts have no frozen weights, hence no blobs.
+            if slot.format != "none" and slot.format not in base.experts:
+                raise ManifestError(
+                    f"{where}: slot of {slot.format}, the base has {_list(base.experts)}"
+                )
+        if hasattr(self, "rank") and _largest_rank(shape) > self.rank:
+            raise ManifestError(
+                f"{where}: rank {_largest_rank(shape)} found, at most {self.rank} wanted"
+            )
 
     def blob_path(self, sha256: str) -> Path:
         """Where a blob of the store would be."""
@@ -82,9 +97,18 @@ class Artifacts:
         ManifestError
             When the dense blob is absent or lacks them.
         """
-        path = self.blob_path(self.base.dense.sha256)
+        blob = self.base.dense[min(self.base.dense)]  # routers are the same in every format
+        path = self.blob_path(blob.sha256)
         try:
             dense = map_tensors(path)
             return {layer: dense[f"layers.{layer}.router"] for layer in self.base.moe_layers}
         except (OSError, KeyError, ValueError) as error:
             raise ManifestError(f"{path}: no readable dense blob: {error}") from error
+
+
+def _largest_rank(shape: Shape) -> int:
+    return max(slot.rank for layer in shape.slots for slot in layer)
+
+
+def _list(formats: Iterable[str]) -> str:
+    return ", ".join(sorted(formats)) or "none"

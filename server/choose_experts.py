@@ -1,165 +1,220 @@
-"""Which experts each device holds next: an information-bottleneck score under the device's slots. Pure.
+"""Which expert goes into which slot of which device, given everyone's values. Pure.
 
-Letters: L MoE layers, E experts per layer, N valid tokens, P slots of a layer on one device.
+Letters: L MoE layers, E experts per layer, P slots of a layer, T <= P trained ones, C <= T of them for coverage.
 
-An expert's value for a device is its share of the relevance I(Z;Y), estimated by routed mass times output norm, less
-`beta` times its share of the redundancy I(X;Z). `red_e = mean g ln g - p ln p` with `p = mean g` is the exact share of
-expert e: it is never negative and sums to I(X;Z). Values are smoothed over rounds; experts rarely trained get an
-exploration bonus. A part of every device's slots goes to the experts with the fewest holders, because greedy selection
-per device starves experts globally (arXiv 2512.23070).
+The slots of a layer are ordered by worth: rank first, then width of the format. The most valuable experts fill them in
+that order, but for C trained slots: these go to the experts that the fewest devices train, because greedy selection per
+device starves experts globally (arXiv 2512.23070). A frozen slot trains nothing and so never counts as coverage.
+
+Another expert, or the same in another format, is a blob to download. So the choice starts from what the device holds,
+and an expert gives way only to one whose value is higher by more than a margin, or where coverage needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.manifest import Slot
+
 Floats = NDArray[np.float64]
-RHO = 0.7  # share of the former value in the moving average
-NORM_RANGE = (
-    4.0  # an output norm counts as at most this many times its layer's mean, or that part of it
-)
+Chosen = list[list[int]]  # [L][P] global expert ids in slot order
+MARGIN = 0.1  # of a uniform share 1 / E
 
 
-def redundancy(mass: Floats, g_log_g: Floats, tokens: float) -> Floats:
-    """Share of each expert in I(X;Z), in nats.
+def settled(order: Sequence[int], worth: Floats, margin: float) -> list[int]:
+    """Sort by falling worth, but leave in place what differs by no more than `margin`.
 
     Parameters
     ----------
-    mass : [L, E], sum over tokens of the full router's probability g
-    g_log_g : [L, E], sum over tokens of g ln g
-    tokens : N
+    order : experts as they were
+    worth : [E]
 
     Returns
     -------
-    [L, E], not negative; a row sums to I(X;Z) of that layer
+    The same experts. None stands before one that is worth more than `margin` more; without any such pair in `order`,
+    `order` itself.
 
     Examples
     --------
-    Two tokens, each sent to its own expert with certainty: I(X;Z) = ln 2, half of it each.
-
-    >>> redundancy(np.array([[1.0, 1.0]]), np.zeros((1, 2)), 2).round(4).tolist()
-    [[0.3466, 0.3466]]
+    >>> settled([0, 1, 2], np.array([0.30, 0.33, 0.90]), 0.05)
+    [2, 0, 1]
     """
-    p = mass / tokens
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p_log_p = np.where(p > 0, p * np.log(p), 0.0)
-    return np.maximum(g_log_g / tokens - p_log_p, 0.0)
+    done: list[int] = []
+    for expert in order:
+        bar = worth[expert] - margin
+        place = next((i for i, other in enumerate(done) if worth[other] < bar), len(done))
+        done.insert(place, expert)
+    return done
 
 
-def relevance(top: Floats, output_norm: Floats) -> Floats:
-    """Routed mass times mean output norm; where the norm is unknown (not resident) the layer's mean stands in.
+@dataclass(frozen=True)
+class _Room:
+    """Slots of one layer of one device: in all, trained, and trained for coverage."""
 
-    Parameters
-    ----------
-    top : [L, E], probability mass on tokens that have the expert in their top-k
-    output_norm : [L, E], sum of routed weight times norm of the expert's output, 0 where not resident
+    slots: int
+    trained: int
+    shared: int
 
-    Examples
-    --------
-    >>> relevance(np.array([[2.0, 2.0, 2.0]]), np.array([[2.0, 6.0, 0.0]])).tolist()
-    [[1.0, 3.0, 2.0]]
-    """
-    known = (output_norm > 0) & (top > 0)
-    norm = np.divide(output_norm, top, out=np.zeros_like(top), where=known)
-    held = (top * known).sum(-1, keepdims=True)
-    mean = (output_norm * known).sum(-1, keepdims=True) / np.maximum(held, 1e-12)
-    ratio = np.divide(norm, mean, out=np.ones_like(norm), where=known & (mean > 0))
-    return np.asarray(top * np.clip(ratio, 1 / NORM_RANGE, NORM_RANGE))
+    @property
+    def own(self) -> int:
+        """Trained slots filled by value."""
+        return self.trained - self.shared
 
 
-def values(stats: Mapping[str, NDArray[np.float32]], tokens: float, beta: float) -> Floats:
-    """Value of every expert for one device, [L, E]; `stats` as in `protocol.update.STATS`."""
-    wide = {name: np.asarray(stats[name], np.float64) for name in ("mass", "top", "g_log_g")}
-    rel = relevance(wide["top"], np.asarray(stats["output_norm"], np.float64))
-    red = redundancy(wide["mass"], wide["g_log_g"], tokens)
-    return _shares(rel) - beta * _shares(red)
-
-
-def _shares(x: Floats) -> Floats:
-    total = x.sum(-1, keepdims=True)
-    return np.asarray(np.divide(x, total, out=np.full_like(x, 1 / x.shape[-1]), where=total > 0))
-
-
-def smooth(former: Floats | None, new: Floats) -> Floats:
-    """Moving average over rounds.
-
-    >>> smooth(np.zeros(1), np.ones(1)).round(3).tolist()
-    [0.3]
-    """
-    return new if former is None else RHO * former + (1 - RHO) * new
-
-
-def exploration_bonus(trained_count: NDArray[np.int64], round: int, strength: float) -> Floats:
-    """Upper-confidence bonus in units of a uniform share, [L, E].
-
-    Parameters
-    ----------
-    trained_count : [L, E], updates that trained the expert so far
-    """
-    uniform = 1 / trained_count.shape[-1]
-    return np.asarray(
-        strength * uniform * np.sqrt(np.log(max(round, 1)) / (1.0 + trained_count)), np.float64
-    )
+def _room(slots: Sequence[Slot], experts: int, top_k: int, coverage: float) -> _Room:
+    room = min(len(slots), experts)
+    trained = sum(1 for slot in slots[:room] if slot.rank)
+    shared = min(int(round(trained * coverage)), max(0, room - top_k))
+    return _Room(room, trained, shared)
 
 
 def choose(
     value: Mapping[str, Floats],
-    slots: Mapping[str, Sequence[int]],
+    slots: Mapping[str, Sequence[Sequence[Slot]]],
     *,
     top_k: int,
     coverage: float,
     seed: int,
-) -> dict[str, list[list[int]]]:
+    former: Mapping[str, Chosen] | None = None,
+) -> dict[str, Chosen]:
     """Fill the slots of all devices together.
 
     Parameters
     ----------
     value : device -> [L, E]
-    slots : device -> P per layer
+    slots : device -> per layer, its slots in order
     coverage : float in [0, 1]
-        Share of a layer's slots that goes to the experts with the fewest holders; at least `top_k` slots are filled
-        by value first.
+        Share of a layer's trained slots that goes to the experts trained by the fewest devices; at least `top_k` slots
+        are filled by value.
     seed : int
         Breaks ties only.
+    former : device -> what it held last, in slot order
 
     Returns
     -------
-    device -> per layer, ascending global expert ids; min(P, E) of them
+    device -> per layer, global expert ids in slot order; min(P, E) of them
 
     Examples
     --------
-    >>> v = np.array([[0.4, 0.3, 0.2, 0.1]])
-    >>> choose({"a": v, "b": v}, {"a": [2], "b": [2]}, top_k=1, coverage=0.5, seed=0)
+    >>> v, two = np.array([[0.4, 0.3, 0.2, 0.1]]), [[Slot(format="int4", rank=4)] * 2]
+    >>> choose({"a": v, "b": v}, {"a": two, "b": two}, top_k=1, coverage=0.5, seed=0)
     {'a': [[0, 1]], 'b': [[0, 2]]}
     """
     devices = sorted(value)
     if not devices:
         return {}
     layers, experts = value[devices[0]].shape
-    rng = np.random.default_rng(seed)
-    jitter = rng.uniform(0, 1e-9, (layers, experts))
-    holders = np.zeros((layers, experts), np.int64)
-    chosen: dict[str, list[list[int]]] = {d: [[] for _ in range(layers)] for d in devices}
-    for device in devices:
-        for layer in range(layers):
-            room = min(slots[device][layer], experts)
-            first = min(room, max(top_k, room - int(round(room * coverage))))
-            best = np.argsort(-(value[device][layer] + jitter[layer]), kind="stable")[:first]
-            chosen[device][layer] = [int(e) for e in best]
-            holders[layer, best] += 1
-    # One slot per device and turn, so that no device takes all rare experts.
+    jitter = np.random.default_rng(seed).uniform(0, 1e-9, (layers, experts))
+    chosen: dict[str, Chosen] = {device: [] for device in devices}
     for layer in range(layers):
-        for _ in range(experts):
-            for device in devices:
-                held = chosen[device][layer]
-                if len(held) >= min(slots[device][layer], experts):
-                    continue
-                worth = value[device][layer] + jitter[layer]
-                rest = [e for e in range(experts) if e not in held]
-                expert = min(rest, key=lambda e: (holders[layer, e], -worth[e]))
-                held.append(expert)
-                holders[layer, expert] += 1
-    return {d: [sorted(held) for held in chosen[d]] for d in devices}
+        rooms = {d: _room(slots[d][layer], experts, top_k, coverage) for d in devices}
+        worth = {d: value[d][layer] + jitter[layer] for d in devices}
+        held = {d: former[d][layer] if former and d in former else [] for d in devices}
+        for device, ids in _layer(devices, rooms, worth, held, experts).items():
+            chosen[device].append(ids)
+    return chosen
+
+
+def _layer(
+    devices: Sequence[str],
+    rooms: Mapping[str, _Room],
+    worth: Mapping[str, Floats],
+    former: Mapping[str, Sequence[int]],
+    experts: int,
+) -> dict[str, list[int]]:
+    margin = MARGIN / experts
+    ranked, own, shared = {}, {}, {}
+    holders = np.zeros(experts, np.int64)
+    for d in devices:
+        room, held = rooms[d], former[d]
+        # What it held for its value keeps its place; what it held for coverage is as good as its value.
+        start = [*held[: room.own], *held[room.trained : room.slots]]
+        rest = sorted(set(range(experts)) - set(start), key=lambda e: -worth[d][e])
+        ranked[d] = settled([*start, *rest], worth[d], margin)
+        own[d] = ranked[d][: room.own]
+        shared[d] = [e for e in held[: room.trained] if e not in own[d]][: room.shared]
+        holders[own[d] + shared[d]] += 1
+    _fill(devices, rooms, worth, own, shared, holders)
+    _balance(devices, worth, own, shared, holders)
+    filled = {}
+    for d in devices:
+        kept = [e for e in former[d] if e in shared[d]]
+        new = sorted(set(shared[d]) - set(kept), key=lambda e: -worth[d][e])
+        trained = [*own[d], *settled([*kept, *new], worth[d], margin)]
+        frozen = [e for e in ranked[d] if e not in trained]
+        filled[d] = [*trained, *frozen[: rooms[d].slots - rooms[d].trained]]
+    return filled
+
+
+def _fill(
+    devices: Sequence[str],
+    rooms: Mapping[str, _Room],
+    worth: Mapping[str, Floats],
+    own: Mapping[str, list[int]],
+    shared: Mapping[str, list[int]],
+    holders: NDArray[np.int64],
+) -> None:
+    """Give the free coverage slots to the experts with the fewest holders; in place."""
+    free = [d for d in devices if len(shared[d]) < rooms[d].shared]
+    # One slot per device and turn, so that no device takes all rare experts.
+    while free:
+        for d in free:
+            key = holders.astype(np.float64)
+            key[own[d] + shared[d]] = np.inf
+            rarest = np.flatnonzero(key == key.min())
+            expert = int(rarest[np.argmax(worth[d][rarest])])
+            shared[d].append(expert)
+            holders[expert] += 1
+        free = [d for d in free if len(shared[d]) < rooms[d].shared]
+
+
+def _balance(
+    devices: Sequence[str],
+    worth: Mapping[str, Floats],
+    own: Mapping[str, list[int]],
+    shared: Mapping[str, list[int]],
+    holders: NDArray[np.int64],
+) -> None:
+    """Replace common experts in coverage slots by rare ones until no replacement makes the counts more even; in place.
+
+    It ends: the expert that loses a holder has at least two more than the other, so the sum of their squares falls.
+    """
+    while (move := _next_move(devices, worth, own, shared, holders)) is not None:
+        device, common, rare = move
+        shared[device][shared[device].index(common)] = rare
+        holders[common] -= 1
+        holders[rare] += 1
+
+
+def _next_move(
+    devices: Sequence[str],
+    worth: Mapping[str, Floats],
+    own: Mapping[str, list[int]],
+    shared: Mapping[str, list[int]],
+    holders: NDArray[np.int64],
+) -> tuple[str, int, int] | None:
+    """(device, its expert with the most holders, the one with the fewest that it lacks), or None when all is even.
+
+    Of equally good moves the one that costs the device the least value.
+    """
+    best: tuple[tuple[int, float], tuple[str, int, int]] | None = None
+    for d in devices:
+        if not shared[d]:
+            continue
+        there = np.array(shared[d])
+        common = int(there[np.lexsort((worth[d][there], -holders[there]))[0]])
+        absent = np.ones(len(holders), bool)
+        absent[own[d] + shared[d]] = False
+        if not absent.any():
+            continue
+        others = np.flatnonzero(absent)
+        rare = int(others[np.lexsort((-worth[d][others], holders[others]))[0]])
+        gain = int(holders[common] - holders[rare])
+        rank = (gain, float(worth[d][rare] - worth[d][common]))
+        if gain >= 2 and (best is None or rank > best[0]):
+            best = rank, (d, common, rare)
+    return None if best is None else best[1]

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex
-from server import adapters, choose_experts, peft_adapter
+from server import adapters, expert_values, peft_adapter
 from server.aggregate import Aggregated, Contribution, aggregate
 from server.artifacts import Artifacts
-from server.choose_experts import Floats
+from server.expert_values import Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ def fold(
         tensors.pop("facts")
         stats = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("stats.")}
         if updates[device].tokens > 0:
-            new = choose_experts.values(stats, updates[device].tokens, beta)
-            smoothed[device] = choose_experts.smooth(values.get(device), new)
+            new = expert_values.values(stats, updates[device].tokens, beta)
+            smoothed[device] = expert_values.smooth(values.get(device), new)
         tokens = stats["trained_tokens"]
         counts += tokens > 0
         weights = {
@@ -72,7 +72,7 @@ def fold(
         contributions.append(Contribution(device=device, tensors=tensors, weights=weights))
     aggregated = None
     if any(c.weights for c in contributions):
-        aggregated = aggregate(adapter, contributions, rule=rule, prior=prior)
+        aggregated = aggregate(adapter, contributions, base.projections, rule=rule, prior=prior)
     return Folded(aggregated=aggregated, values=smoothed, trained_counts=counts)
 
 

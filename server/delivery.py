@@ -17,7 +17,7 @@ from protocol import chunks, messages, topics
 from protocol.chunks import ChunkError
 from protocol.manifest import ManifestError
 from protocol.messages import Grant, MessageError, Offer, Receipt
-from server import accept, uploads
+from server import accept, adapters, uploads
 from server.accept import UpdateRejected
 from server.artifacts import Artifacts
 from server.store import Device, LeaseRow, Store
@@ -82,9 +82,11 @@ class Delivery:
         if not messages.verify(offer.mac, device.token, offer.lease, nonce, offer.sha256, size):
             self._final(device.device, offer.lease, reason="wrong signature")
             raise MessageError("offer with a wrong signature")
-        most = accept.max_update_bytes(
-            row.lease.trained, self._artifacts.base, self._artifacts.rank
-        )
+        try:
+            most = accept.max_update_bytes(row.lease, self._slots(row)[1], self._artifacts.base)
+        except (UpdateRejected, ManifestError) as error:
+            self._refuse(row, str(error))
+            return
         if not 0 < size <= most:
             self._refuse(row, f"update of {size} bytes, at most {most} wanted")
             return
@@ -160,11 +162,9 @@ class Delivery:
                     self._receipt(upload, time.monotonic(), stalled=True)
                     return
                 raise UpdateRejected("content differs from the offered hash")
-            shape = self._artifacts.manifest(self._device(row).profile).shape
+            tokens, rank_of = self._slots(row)
             path, version = self._uploads.path(upload), self._store.number("version")
-            good = await asyncio.to_thread(
-                self._check, path, row, shape.batch * shape.sequence, version
-            )
+            good = await asyncio.to_thread(self._check, path, row, rank_of, tokens, version)
         except (UpdateRejected, ManifestError) as error:
             self._uploads.drop(granted.xfer)
             self._refuse(row, str(error))
@@ -178,22 +178,34 @@ class Delivery:
         log.info("round=%d device=%s accepted %.2f MB", row.lease.round, row.device, size)
         self._settled(row.device, True)
 
-    def _device(self, row: LeaseRow) -> Device:
-        device = self._store.device(row.device)
-        assert device is not None
-        return device
-
     def _check(
-        self, path: Path, row: LeaseRow, tokens_per_step: int, version: int
+        self, path: Path, row: LeaseRow, rank_of: accept.RankOf, tokens_per_step: int, version: int
     ) -> accept.Accepted:
         return accept.accept(
             path.read_bytes(),
             row.lease,
             self._artifacts.base,
-            rank=self._artifacts.rank,
+            rank_of=rank_of,
             tokens_per_step=tokens_per_step,
             version=version,
         )
+
+    def _slots(self, row: LeaseRow) -> tuple[int, accept.RankOf]:
+        """Tokens per step of the device's program, ranks of the slots that its experts are in.
+
+        Raises
+        ------
+        ManifestError
+            Its artifact is gone, or was built anew with fewer slots since the lease was made.
+        """
+        device = self._store.device(row.device)
+        assert device is not None
+        shape = self._artifacts.manifest(device.profile).shape
+        try:
+            rank_of = adapters.ranks(row.lease.resident, shape, self._artifacts.base)
+        except ValueError as error:
+            raise ManifestError(f"{device.profile} was built anew: {error}") from error
+        return shape.batch * shape.sequence, rank_of
 
     def _look(self, upload: Upload) -> None:
         if upload.complete and not upload.finishing:

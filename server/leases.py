@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.manifest import BaseIndex
+from protocol.manifest import BaseIndex, Shape
 from protocol.messages import Lease
-from server import adapters, choose_experts
-from server.choose_experts import Floats
+from server import adapters, choose_experts, expert_values
+from server.choose_experts import Chosen
+from server.expert_values import Floats
 from server.rounds import OpenRound
 
 
@@ -47,26 +48,43 @@ def lease_id(run: str, round: int, device: str, attempt: int) -> str:
 
 def select(
     command: OpenRound,
-    slots: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     known: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
+    former: Mapping[str, Lease],
     base: BaseIndex,
     terms: Terms,
-) -> dict[str, list[list[int]]]:
-    """Experts per device and layer; the base's own routing stands in for a device without statistics."""
+) -> dict[str, Chosen]:
+    """Experts per device and layer; the base's own routing stands in for a device without statistics.
+
+    Parameters
+    ----------
+    former : device -> its last lease, as far as it had one: what it holds now
+    """
     prior = np.asarray(base.routing_prior, np.float64)
-    value = {device: known.get(device, prior) for device in slots}
+    value = {device: known.get(device, prior) for device in shapes}
     if trained_counts is not None and command.work == "train":
-        bonus = choose_experts.exploration_bonus(trained_counts, command.round, terms.exploration)
+        bonus = expert_values.exploration_bonus(trained_counts, command.round, terms.exploration)
         value = {device: v + bonus for device, v in value.items()}
-    # The last round only measures: every device holds what is best for itself.
-    coverage = 0.0 if command.work == "evaluate" else terms.coverage
-    return choose_experts.choose(value, slots, top_k=base.top_k, coverage=coverage, seed=terms.seed)
+    held = {
+        device: [list(lease.resident.get(str(layer), ())) for layer in base.moe_layers]
+        for device, lease in former.items()
+    }
+    return choose_experts.choose(
+        value,
+        {device: shape.slots for device, shape in shapes.items()},
+        top_k=base.top_k,
+        # The last round only measures: every device holds what is best for itself.
+        coverage=0.0 if command.work == "evaluate" else terms.coverage,
+        seed=terms.seed,
+        former=held,
+    )
 
 
 def write_leases(
     command: OpenRound,
-    chosen: Mapping[str, list[list[int]]],
+    chosen: Mapping[str, Chosen],
+    shapes: Mapping[str, Shape],
     *,
     base: BaseIndex,
     terms: Terms,
@@ -80,6 +98,11 @@ def write_leases(
     leases: dict[str, Lease] = {}
     for device, experts in chosen.items():
         resident = {str(layer): tuple(experts[i]) for i, layer in enumerate(base.moe_layers)}
+        rank_of = adapters.ranks(resident, shapes[device], base)
+        trained = {
+            layer: tuple(e for e in held if rank_of[int(layer), e])
+            for layer, held in resident.items()
+        }
         seed = np.random.SeedSequence([terms.seed, command.round, *device.encode()])
         leases[device] = Lease(
             lease=lease_id(terms.run, command.round, device, 1),
@@ -89,8 +112,8 @@ def write_leases(
             work=command.work,
             base_version=version,
             resident=resident,
-            trained=resident if train else {},
-            adapter=adapters.write_blob(blob_folder, adapters.slice_for(adapter, resident)),
+            trained=trained if train else {},
+            adapter=adapters.write_blob(blob_folder, adapters.slice_for(adapter, rank_of, base)),
             steps=terms.steps if train else 0,
             learning_rate=terms.learning_rate,
             router_learning_rate=terms.router_learning_rate,

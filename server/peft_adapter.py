@@ -33,7 +33,7 @@ def peft_tensors(
     state: dict[str, NDArray[np.float32]] = {}
     experts = range(base.num_experts)
     for layer in base.moe_layers:
-        for projection in names.PROJECTIONS:
+        for projection in base.projections:
             keys = base.peft.lora[projection]
             a = [adapter[names.lora(layer, e, projection, "lora_A")] for e in experts]
             state[keys["lora_A"].format(layer=layer)] = np.concatenate(a)

@@ -16,7 +16,7 @@ from typing import Any
 
 from protocol import messages, topics
 from protocol.chunks import ChunkError
-from protocol.manifest import ManifestError
+from protocol.manifest import ManifestError, Shape
 from protocol.messages import (
     Message,
     MessageError,
@@ -33,7 +33,7 @@ from server.config import Config
 from server.delivery import Delivery
 from server.mqtt import Incoming, Link
 from server.rounds import CloseRound, OpenRound, SendLease, SendOver
-from server.store import Device, Store
+from server.store import Device, StateError, Store
 from server.uploads import Upload, UploadError
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,13 @@ Job = OpenRound | CloseRound | Upload
 
 
 class Run:
-    """Everything between the sockets and the pure core."""
+    """Everything between the sockets and the pure core.
+
+    Raises
+    ------
+    StateError
+        The adapter in the state has a lower rank than slots of the store.
+    """
 
     def __init__(self, config: Config, artifacts: Artifacts, store: Store, link: Link) -> None:
         self.config, self.artifacts, self.store = config, artifacts, store
@@ -55,6 +61,7 @@ class Run:
         self._malformed: collections.deque[dict[str, str]] = collections.deque(maxlen=50)
         self._seen: dict[str, float] = {}
         self.over = asyncio.Event()
+        self._check_rank()
         self.state = self._restore()
         self._delivery = Delivery(
             state=config.state,
@@ -72,6 +79,15 @@ class Run:
     def version(self) -> int:
         """Current version of the adapter."""
         return self.store.number("version")
+
+    def _check_rank(self) -> None:
+        if self.store.get("version") is None:
+            return
+        found, wanted = adapters.rank(self._adapters, self.version), self.artifacts.rank
+        if found < wanted:
+            raise StateError(
+                f"{self.config.state}: adapter of rank {found}, the store has slots of rank {wanted}"
+            )
 
     def _restore(self) -> rounds.State:
         """The state machine as the database has it; an open round gets a fresh deadline of full length."""
@@ -236,14 +252,14 @@ class Run:
                 case Upload():
                     await self._delivery.finish(job)
 
-    def _slots(self, devices: list[str]) -> dict[str, tuple[int, ...]]:
-        known, slots = self.store.devices(), {}
+    def _shapes(self, devices: list[str]) -> dict[str, Shape]:
+        known, shapes = self.store.devices(), {}
         for name in devices:
             try:
-                slots[name] = self.artifacts.manifest(known[name].profile).shape.slots
+                shapes[name] = self.artifacts.manifest(known[name].profile).shape
             except ManifestError as error:
                 log.warning("device=%s has no artifact: %s", name, error)
-        return slots
+        return shapes
 
     async def _open_round(self, command: OpenRound) -> None:
         c, base = self.config, self.artifacts.base
@@ -257,13 +273,17 @@ class Run:
             exploration=c.exploration,
             coverage=c.coverage,
         )
-        slots = self._slots(list(command.devices))
+        shapes = self._shapes(list(command.devices))
         values, counts = self.store.values(), self.store.trained_counts()
-        chosen = leases.select(command, slots, values, counts, base, terms)
+        former = self.store.last_leases()
+        chosen = await asyncio.to_thread(
+            leases.select, command, shapes, values, counts, former, base, terms
+        )
         made = await asyncio.to_thread(
             leases.write_leases,
             command,
             chosen,
+            shapes,
             base=base,
             terms=terms,
             version=self.version,
@@ -364,7 +384,7 @@ class Run:
             version=self.version,
             state=self.state,
             devices=devices,
-            slots=self._slots(list(devices)),
+            shapes=self._shapes(list(devices)),
             leases=self.store.leases(self.state.round),
             accepted=self.store.accepted(),
             uploading=self._delivery.devices(),

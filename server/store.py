@@ -209,6 +209,11 @@ class Store:
         row = self._db.execute(f"SELECT {_LEASE} FROM leases WHERE lease = ?", (lease,)).fetchone()
         return None if row is None else _lease_row(row)
 
+    def last_leases(self) -> dict[str, Lease]:
+        """Each device's latest lease, whatever became of it."""
+        rows = self._db.execute("SELECT device, message, max(round) FROM leases GROUP BY device")
+        return {row[0]: messages.expect(Lease, row[1].encode()) for row in rows}
+
     def accepted(self) -> list[LeaseRow]:
         """All accepted leases of the run in the order of their rounds."""
         rows = self._db.execute(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from protocol import schema
-from protocol.manifest import BaseIndex
+from protocol.manifest import BaseIndex, Shape, Slot
 from server.aggregate import Aggregated
 from server.rounds import State, work_of
 from server.store import Device, LeaseRow
@@ -68,6 +69,15 @@ def history_line(
     }
 
 
+def slot_kinds(slots: Sequence[Slot]) -> dict[str, int]:
+    """How many slots of each kind a layer has, the kind as "format/rank".
+
+    >>> slot_kinds([Slot(format="int8", rank=8), Slot(format="int4", rank=0)])
+    {'int8/8': 1, 'int4/0': 1}
+    """
+    return dict(collections.Counter(f"{slot.format}/{slot.rank}" for slot in slots))
+
+
 def round_to(seconds: float) -> float:
     """Milliseconds are enough."""
     return float(f"{seconds:.3f}")
@@ -98,7 +108,7 @@ def run_status(
     version: int,
     state: State,
     devices: Mapping[str, Device],
-    slots: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Shape],
     leases: Mapping[str, LeaseRow],
     accepted: Sequence[LeaseRow],
     uploading: frozenset[str],
@@ -131,7 +141,7 @@ def run_status(
             "lease": current.lease.lease if current and current.state == "open" else None,
             "work": current.lease.work if current else None,
             "last_seen": device.last_seen,
-            "slots": list(slots.get(name, ())),
+            "slots": [slot_kinds(layer) for layer in shapes[name].slots] if name in shapes else [],
             "resident": latest.lease.resident if latest else {},
             "trained": latest.lease.trained if latest else {},
             "budget_bytes": last.budget_bytes if last else None,

@@ -11,8 +11,12 @@ import pytest
 
 from tests.server import tiny_store
 from tests.server.fake_device import FakeDevice
+from tests.server.tiny_store import FROZEN, FULL, HALF, WIDE
 
-PROFILES = {"small": (2, 2), "large": (3, 4)}
+PROFILES = {
+    "small": ((FULL, HALF), (FULL, FULL)),
+    "large": ((WIDE, FULL, FROZEN), (WIDE, WIDE, HALF, FROZEN)),
+}
 
 
 class Server:
@@ -44,7 +48,8 @@ class Server:
             self.lines.append(line.rstrip())
 
     def device(self, name: str, profile: str = "small", **more) -> FakeDevice:
-        return FakeDevice(self.url, name, profile, self.base, tiny_store.RANK, **more)
+        shape = tiny_store.shape(PROFILES[profile]) if profile in PROFILES else None
+        return FakeDevice(self.url, name, profile, self.base, shape, **more)
 
     def wait_line(self, pattern: str, seconds: float = 20.0) -> str:
         """The first line of the log that matches."""

@@ -16,7 +16,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
 from protocol import PROTOCOL_VERSION, chunks, messages, names, tensors, topics, update
-from protocol.manifest import BaseIndex
+from protocol.manifest import BaseIndex, Shape
 from protocol.messages import (
     Grant,
     Lease,
@@ -37,13 +37,24 @@ FACTS = update.Facts(
 )  # fmt: skip
 
 
-def made_up_tensors(lease: Lease, base: BaseIndex, rank: int, seed: int) -> dict:
+def ranks(lease: Lease, shape: Shape) -> dict[tuple[int, int], int]:
+    """(layer, expert) -> rank of the slot that the lease puts it in."""
+    return {
+        (int(layer), e): slots[i].rank
+        for (layer, held), slots in zip(sorted(lease.resident.items()), shape.slots, strict=True)
+        for i, e in enumerate(held)
+    }
+
+
+def made_up_tensors(lease: Lease, base: BaseIndex, shape: Shape, seed: int) -> dict:
     """Plausible new values for what the lease trains."""
     rng = np.random.default_rng([seed, lease.round])
+    rank_of = ranks(lease, shape)
     made = {}
     for layer, experts in lease.trained.items():
         for e in experts:
-            for p in names.PROJECTIONS:
+            rank = rank_of[int(layer), e]
+            for p in base.projections:
                 out, into = base.features(p)
                 made[names.lora(int(layer), e, p, "lora_A")] = rng.normal(
                     size=(rank, into), scale=0.1
@@ -84,10 +95,16 @@ class FakeDevice:
         device: str,
         profile: str,
         base: BaseIndex,
-        rank: int,
+        shape: Shape | None,
         patience: float = 20.0,
     ):
-        self.url, self.device, self.profile, self.base, self.rank = url, device, profile, base, rank
+        self.url, self.device, self.profile, self.base, self.shape = (
+            url,
+            device,
+            profile,
+            base,
+            shape,
+        )
         self.patience = patience
         self.seed = int.from_bytes(hashlib.sha256(device.encode()).digest()[:4], "little")
         self.welcome: Welcome | None = None
@@ -221,9 +238,22 @@ class FakeDevice:
         assert hashlib.sha256(data).hexdigest() == lease.adapter.sha256
         return tensors.decode(data)
 
+    def check_adapter(self, lease: Lease) -> None:
+        """The slice has what the slots take, no more and no less."""
+        found, wanted = self.adapters[lease.round], {}
+        assert self.shape is not None
+        for (layer, e), rank in ranks(lease, self.shape).items():
+            wanted[names.router_row(layer, e)] = (self.base.hidden,)
+            for p in self.base.projections if rank else ():
+                out, into = self.base.features(p)
+                wanted[names.lora(layer, e, p, "lora_A")] = (rank, into)
+                wanted[names.lora(layer, e, p, "lora_B")] = (out, rank)
+        assert {name: value.shape for name, value in found.items()} == wanted
+
     def made_up_update(self, lease: Lease, **facts) -> bytes:
+        assert self.shape is not None
         return update.pack(
-            made_up_tensors(lease, self.base, self.rank, self.seed),
+            made_up_tensors(lease, self.base, self.shape, self.seed),
             made_up_stats(lease, self.base, FACTS.tokens, self.seed),
             replace(FACTS, **facts),
         )
@@ -278,6 +308,7 @@ class FakeDevice:
             if leases and leases[-1].lease == lease.lease:
                 continue
             self.adapters[lease.round] = self.fetch_adapter(lease)
+            self.check_adapter(lease)
             receipt = self.deliver(lease, self.made_up_update(lease))
             assert receipt.accepted, receipt
             leases.append(lease)

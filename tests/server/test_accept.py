@@ -9,8 +9,9 @@ from protocol import names, update
 from protocol.manifest import Blob
 from protocol.messages import Lease
 from server.accept import UpdateRejected, accept, max_update_bytes
+from server.adapters import ranks
 from tests.server.fake_device import FACTS, made_up_stats, made_up_tensors
-from tests.server.tiny_store import RANK, base_index
+from tests.server.tiny_store import FROZEN, FULL, HALF, base_index, shape
 
 BASE = base_index()
 LEASE = Lease(
@@ -19,15 +20,17 @@ LEASE = Lease(
     adapter=Blob(sha256="0" * 64, bytes=1), steps=2, learning_rate=1e-3, router_learning_rate=1e-4,
     seed=0, seconds=1.0, nonce="n",
 )  # fmt: skip
+SHAPE = shape(((FULL, HALF), (FULL, FROZEN)))
+RANK_OF = ranks(LEASE.resident, SHAPE, BASE)
 A = names.lora(0, 0, "gate_up", "lora_A")
 
 
 def parts():
-    return made_up_tensors(LEASE, BASE, RANK, 1), made_up_stats(LEASE, BASE, FACTS.tokens, 1)
+    return made_up_tensors(LEASE, BASE, SHAPE, 1), made_up_stats(LEASE, BASE, FACTS.tokens, 1)
 
 
 def check(data, lease=LEASE, version=3):
-    return accept(data, lease, BASE, rank=RANK, tokens_per_step=32, version=version)
+    return accept(data, lease, BASE, rank_of=RANK_OF, tokens_per_step=32, version=version)
 
 
 def test_a_good_update_passes():
@@ -116,9 +119,37 @@ def test_stale_version():
         check(update.pack(*parts(), FACTS), version=4)
 
 
-def test_trained_must_be_resident():
-    with pytest.raises(UpdateRejected, match="not among the resident"):
+def full_rank(t, s):
+    for p in BASE.projections:  # of an expert in a slot of half the rank
+        a, b = (names.lora(0, 2, p, f) for f in names.FACTORS)
+        t[a], t[b] = np.repeat(t[a], 2, 0), np.repeat(t[b], 2, 1)
+
+
+def frozen(t, s):
+    for p in BASE.projections:
+        for f in names.FACTORS:
+            t[names.lora(1, 3, p, f)] = t[names.lora(1, 1, p, f)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (full_rank, r"experts\.2\.down\.lora_A: shape \(2, 8\) found, \(1, 8\) wanted"),
+        (frozen, r"4 tensors not asked for, first: 'layers\.1\.experts\.3\.down\.lora_A'"),
+    ],
+)
+def test_every_expert_has_the_rank_of_its_slot(spoil, line):
+    tensors, stats = parts()
+    spoil(tensors, stats)
+    with pytest.raises(UpdateRejected, match=line):
+        check(update.pack(tensors, stats, FACTS))
+
+
+def test_trained_must_be_resident_and_in_a_slot_that_trains():
+    with pytest.raises(UpdateRejected, match="expert 1 of layer 0 is not among the resident"):
         check(b"", replace(LEASE, trained={"0": (1,)}))
+    with pytest.raises(UpdateRejected, match="expert 3 of layer 1 is in a frozen slot"):
+        check(b"", replace(LEASE, trained={"1": (3,)}))
 
 
 def test_facts_of_another_base():
@@ -137,7 +168,7 @@ def test_too_large():
 
 def test_the_size_limit_leaves_room_for_every_good_update():
     data = update.pack(*parts(), FACTS)
-    assert len(data) <= max_update_bytes(LEASE.trained, BASE, RANK)
+    assert len(data) <= max_update_bytes(LEASE, RANK_OF, BASE)
 
 
 @given(st.binary(max_size=300))

@@ -66,11 +66,11 @@ def expected_version_1(devices, leases):
         made.append(
             Contribution(
                 device=device.device,
-                tensors=made_up_tensors(lease, base, RANK, device.seed),
+                tensors=made_up_tensors(lease, base, device.shape, device.seed),
                 weights=weights,
             )
         )
-    return aggregate(adapters.fresh(base, RANK), made).adapter
+    return aggregate(adapters.fresh(base, RANK), made, base.projections).adapter
 
 
 def test_a_killed_server_goes_on_and_counts_nothing_twice(serve, fleet):
@@ -157,7 +157,7 @@ def test_the_broker_dies_with_a_killed_server(serve):
 
 def bad_updates(device: FakeDevice, lease: Lease):
     """Name of the fault -> (bytes, reason)."""
-    tensors = made_up_tensors(lease, device.base, RANK, 1)
+    tensors = made_up_tensors(lease, device.base, device.shape, 1)
     stats = made_up_stats(lease, device.base, FACTS.tokens, 1)
     name = next(iter(sorted(tensors)))
     nan = {**tensors, name: np.full_like(tensors[name], np.nan)}

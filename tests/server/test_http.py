@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,11 @@ import urllib.request
 import pytest
 
 from protocol import manifest, messages
+from protocol.manifest import ManifestError
+from server import adapters
+from server.artifacts import Artifacts
+from server.store import Store
+from tests.server.conftest import PROFILES
 from tests.server.fake_device import http_error
 
 
@@ -19,13 +25,14 @@ def test_downloads(serve):
     base = manifest.parse_base(json.loads(device.get("/v1/base")), "base")
     assert base == server.base
     m = manifest.parse_manifest(json.loads(device.get("/v1/artifacts/large")), "m")
-    assert m.shape.slots == (3, 4)
+    assert m.shape.slots == PROFILES["large"]
     code, text = http_error(lambda: device.get("/v1/artifacts/larg"))
     assert (code, text) == (404, "profile 'larg' is not in the store; known: large, small")
     assert http_error(lambda: device.get("/v1/artifacts/..%2Fblobs"))[0] == 404
     assert http_error(lambda: device.get("/v1/nothing"))[0] == 404
 
-    sha = base.experts[1][2].sha256
+    assert base.experts["int4"][1][2] != base.experts["int8"][1][2]
+    sha = base.experts["int8"][1][2].sha256
     whole = device.get(f"/v1/blobs/{sha}")
     assert hashlib.sha256(whole).hexdigest() == sha
     request = urllib.request.Request(
@@ -85,7 +92,7 @@ def post(url, body):
 def test_tokens_guard_blobs_when_asked(serve):
     server = serve("--require-token")
     device = server.device("a")
-    path = f"/v1/blobs/{server.base.dense.sha256}"
+    path = f"/v1/blobs/{server.base.dense['int4'].sha256}"
     assert http_error(lambda: device.get(path))[0] == 401
     assert http_error(lambda: device.get(path, {"Authorization": "Bearer nobody"}))[0] == 401
     token = device.register().token
@@ -131,21 +138,59 @@ def test_what_cannot_start_says_so_in_one_line(tmp_path, store, flags, line):
     assert "Traceback" not in errors
 
 
-def test_ranks_must_agree(tmp_path, store):
-    path = store[0] / "small" / "manifest.json"
+def rewrite(store, profile, change):
+    path = store[0] / profile / "manifest.json"
     data = json.loads(path.read_text())
-    data["shape"]["rank"] = 3
+    change(data["shape"])
     path.write_text(json.dumps(data))
+
+
+def test_the_rank_of_the_run_is_that_of_the_largest_slot(store):
+    assert Artifacts(store[0]).rank == 2
+    rewrite(store, "small", lambda shape: shape["slots"][1][0].update(rank=8))
+    artifacts = Artifacts(store[0])
+    assert artifacts.rank == 8
+    # Built anew while the server runs: its adapter cannot grow.
+    rewrite(store, "large", lambda shape: shape["slots"][1][0].update(rank=9))
+    os.utime(store[0] / "large" / "manifest.json", ns=(1, 1))
+    with pytest.raises(ManifestError, match="large/manifest.json: rank 9 found, at most 8 wanted"):
+        artifacts.manifest("large")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda shape: shape.update(dense="nf4"), "dense nf4, the base has int4, int8"),
+        (
+            lambda shape: shape["slots"][0][0].update(format="nf4"),
+            "slot of nf4, the base has int4, int8",
+        ),
+        (lambda shape: shape["slots"].pop(), "slots for 1 layers found, 2 wanted"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_base(tmp_path, store, change, line):
+    rewrite(store, "small", change)
     code, _, errors = main("--store", str(store[0]), "--state", str(tmp_path / "state"))
     assert code == 2
-    assert "one rank wanted for all profiles, found large 2, small 3" in errors
+    assert f"small/manifest.json: {line}" in errors
 
 
 def test_a_store_without_its_dense_blob(tmp_path, store):
-    (store[0] / "blobs" / store[1].dense.sha256).unlink()
+    (store[0] / "blobs" / store[1].dense["int4"].sha256).unlink()
     code, _, errors = main("--store", str(store[0]), "--state", str(tmp_path / "state"))
     assert code == 2
     assert "no readable dense blob" in errors
+
+
+def test_a_state_of_a_lower_rank(tmp_path, store):
+    first = Store(tmp_path / "state", store[1].base)
+    first.put(version=0)
+    first.close()
+    folder = tmp_path / "state" / "adapters"
+    adapters.write_version(folder, 0, adapters.fresh(store[1], 1), {})
+    code, _, errors = main("--store", str(store[0]), "--state", str(tmp_path / "state"))
+    assert code == 2
+    assert "state: adapter of rank 1, the store has slots of rank 2" in errors
 
 
 def test_help_has_an_example():

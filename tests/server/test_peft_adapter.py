@@ -10,7 +10,7 @@ from protocol import lora, names
 from server import adapters, closing
 from server.artifacts import Artifacts
 from tests.server import tiny_store
-from tests.server.tiny_store import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, RANK
+from tests.server.tiny_store import EXPERTS, FULL, HIDDEN, INTERMEDIATE, LAYERS, RANK
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -54,7 +54,7 @@ def logits(model):
 
 
 def test_a_fresh_stock_load_gives_the_logits_of_the_merged_model(tmp_path, model):
-    base = tiny_store.build(tmp_path / "store", {"p": (2, 2)}, gates(model))
+    base = tiny_store.build(tmp_path / "store", {"p": ((FULL, FULL), (FULL, FULL))}, gates(model))
     adapter = random_adapter(base)
     artifacts = Artifacts(tmp_path / "store")
     closing.write_version(tmp_path / "adapters", 7, adapter, artifacts, "somewhere/base")
@@ -67,7 +67,7 @@ def test_a_fresh_stock_load_gives_the_logits_of_the_merged_model(tmp_path, model
             moe = model.model.layers[layer].mlp
             weights = {"gate_up": moe.experts.gate_up_proj, "down": moe.experts.down_proj}
             for e in range(EXPERTS):
-                for p in names.PROJECTIONS:
+                for p in base.projections:
                     a = adapter[names.lora(layer, e, p, "lora_A")]
                     b = adapter[names.lora(layer, e, p, "lora_B")]
                     weights[p][e] += torch.from_numpy(lora.delta(a, b))
@@ -83,7 +83,7 @@ def test_a_fresh_stock_load_gives_the_logits_of_the_merged_model(tmp_path, model
 
 
 def test_keys_are_exactly_those_that_stock_peft_saves(tmp_path, model):
-    base = tiny_store.build(tmp_path / "store", {"p": (2, 2)}, gates(model))
+    base = tiny_store.build(tmp_path / "store", {"p": ((FULL, FULL), (FULL, FULL))}, gates(model))
     closing.write_version(
         tmp_path / "adapters", 0, adapters.fresh(base, RANK), Artifacts(tmp_path / "store"), ""
     )
@@ -103,7 +103,7 @@ def test_keys_are_exactly_those_that_stock_peft_saves(tmp_path, model):
 
 
 def test_version_0_changes_nothing(tmp_path, model):
-    base = tiny_store.build(tmp_path / "store", {"p": (2, 2)}, gates(model))
+    base = tiny_store.build(tmp_path / "store", {"p": ((FULL, FULL), (FULL, FULL))}, gates(model))
     closing.write_version(
         tmp_path / "adapters", 0, adapters.fresh(base, RANK), Artifacts(tmp_path / "store"), ""
     )

@@ -38,7 +38,12 @@ def test_a_run_ends_with_an_adapter(serve, fleet, broker):
     assert [[x.work for x in v] for v in leases.values()] == [works] * 3
     status = json.loads(devices[0].get("/v1/run"))
     assert (status["state"], status["version"], status["mean_accuracy"]) == ("over", 2, 0.5)
-    assert status["devices"]["c"]["slots"] == [3, 4]
+    assert status["devices"]["c"]["slots"] == [
+        {"int8/2": 1, "int4/2": 1, "int4/0": 1}, {"int8/2": 2, "int4/1": 1, "int4/0": 1},
+    ]  # fmt: skip
+    c = leases["c"][1]
+    assert {layer: len(held) for layer, held in c.resident.items()} == {"0": 3, "1": 4}
+    assert c.trained == {layer: held[:-1] for layer, held in c.resident.items()}
     history = [
         json.loads(line) for line in (server.state / "history.jsonl").read_text().splitlines()
     ]

@@ -1,11 +1,21 @@
 import numpy as np
 import pytest
 
+from protocol import tensors
 from protocol.manifest import Blob
 from protocol.messages import Lease
-from server.adapters import map_tensors, read_version, slice_for, write_blob, write_version
+from server.adapters import (
+    fresh,
+    map_tensors,
+    ranks,
+    read_version,
+    slice_for,
+    write_blob,
+    write_version,
+)
 from server.store import StateError, Store
 from tests.server.fake_device import FACTS
+from tests.server.tiny_store import FROZEN, FULL, HALF, WIDE, base_index, shape
 
 
 def lease(device, round=1):
@@ -84,10 +94,39 @@ def test_versions_and_slices(tmp_path):
     read = read_version(tmp_path, 3)
     assert all(np.array_equal(read[k], adapter[k]) for k in adapter)
     assert not read["layers.0.router.1"].flags.writeable
-    blob = write_blob(tmp_path / "blobs", slice_for(read, {"0": (1,)}))
+    blob = write_blob(tmp_path / "blobs", slice_for(read, {(0, 1): 2}, base_index()))
     part = map_tensors(tmp_path / "blobs" / blob.sha256)
     assert len(part) == 5
     assert set(part) == {k for k in adapter if ".1" in k}
+
+
+def test_a_slot_gets_the_first_rows_and_columns_of_its_rank():
+    base = base_index()
+    rng = np.random.default_rng(0)
+    adapter = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in fresh(base, 4).items()}
+    part = tensors.decode(slice_for(adapter, {(0, 3): 2, (1, 0): 0}, base))
+    key = "layers.0.experts.3.down.lora_"
+    np.testing.assert_array_equal(part[key + "A"], adapter[key + "A"][:2])
+    np.testing.assert_array_equal(part[key + "B"], adapter[key + "B"][:, :2])
+    # A frozen expert has its router row only.
+    assert [k for k in part if k.startswith("layers.1")] == ["layers.1.router.0"]
+    assert len(part) == 2 * 2 + 1 + 1
+
+
+def test_ranks_follow_the_order_of_the_residents():
+    base, of = base_index(), shape(((WIDE, HALF, FROZEN), (FULL, FULL)))
+    found = ranks({"0": (3, 1, 0), "1": (2,)}, of, base)
+    assert found == {(0, 3): 2, (0, 1): 1, (0, 0): 0, (1, 2): 2}
+    with pytest.raises(ValueError, match="4 experts in 3 slots of layer 0"):
+        ranks({"0": (3, 1, 0, 2)}, of, base)
+
+
+def test_the_last_lease_of_each_device(tmp_path):
+    store = Store(tmp_path, "base")
+    store.open_round(1, [("a", lease("a")), ("b", lease("b"))])
+    store.open_round(2, [("b", lease("b", 2))])
+    assert {d: x.round for d, x in store.last_leases().items()} == {"a": 1, "b": 2}
+    store.close()
 
 
 def test_two_servers_cannot_share_a_state(tmp_path):

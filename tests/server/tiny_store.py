@@ -1,4 +1,4 @@
-"""A store as `export` would write it, with random content: 2 layers, 4 experts, rank 2."""
+"""A store as `export` would write it, with random content: 2 layers, 4 experts, two formats, rank 2."""
 
 from __future__ import annotations
 
@@ -8,12 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
-from protocol import PROTOCOL_VERSION, int4, manifest, tensors
-from protocol.manifest import BaseIndex, Blob, Manifest, MemoryPlan, PeftLayout, Program, Shape
+from protocol import PROTOCOL_VERSION, manifest, packing, tensors
+from protocol.manifest import (
+    BaseIndex,
+    Blob,
+    Manifest,
+    MemoryPlan,
+    PeftLayout,
+    Program,
+    Shape,
+    Slot,
+)
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, RANK = (0, 1), 4, 16, 8, 2
+FORMATS = ("int4", "int8")
+# Full rank in eight bits, full rank in four, half the rank, frozen.
+WIDE, FULL, HALF, FROZEN = (
+    Slot(format=f, rank=r) for f, r in (("int8", RANK), ("int4", RANK), ("int4", 1), ("int4", 0))
+)
+Slots = tuple[tuple[Slot, ...], ...]
 PEFT = PeftLayout(
     target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    target_modules=(),
     modules_to_save=("gate",),
     lora={
         "gate_up": {
@@ -47,28 +63,29 @@ def base_index(folder: Path | None = None, routers: dict | None = None) -> BaseI
     )
     if routers is None:
         routers = {layer: rng.normal(size=(EXPERTS, HIDDEN)) for layer in LAYERS}
-    dense = tensors.encode(
-        {f"layers.{layer}.router": r.astype(np.float16) for layer, r in routers.items()}
-    )
-    experts = []
-    for _ in LAYERS:
-        row = []
-        for _ in range(EXPERTS):
-            gate_up, scale = int4.quantize(rng.normal(size=(2 * INTERMEDIATE, HIDDEN)), group=8)
-            down, down_scale = int4.quantize(rng.normal(size=(HIDDEN, INTERMEDIATE)), group=8)
-            row.append(
-                write(
-                    tensors.encode(
-                        {
-                            "gate_up.packed": gate_up,
-                            "gate_up.scale": scale,
-                            "down.packed": down,
-                            "down.scale": down_scale,
-                        }
-                    )
-                )
-            )
-        experts.append(tuple(row))
+    dense = {}
+    for format in FORMATS:
+        rows = {f"layers.{layer}.router": r.astype(np.float32) for layer, r in routers.items()}
+        packed, scale = packing.quantize(rng.normal(size=(64, HIDDEN)), format, group=8)
+        dense[format] = write(
+            tensors.encode({**rows, "embed.packed": packed, "embed.scale": scale})
+        )
+    weights = [
+        [
+            {
+                "gate_up": rng.normal(size=(2 * INTERMEDIATE, HIDDEN)),
+                "down": rng.normal(size=(HIDDEN, INTERMEDIATE)),
+            }
+            for _ in range(EXPERTS)
+        ]
+        for _ in LAYERS
+    ]
+    experts = {
+        format: tuple(
+            tuple(write(_expert_blob(expert, format)) for expert in row) for row in weights
+        )
+        for format in FORMATS
+    }
     prior = rng.dirichlet(np.ones(EXPERTS), len(LAYERS))
     return BaseIndex(
         protocol=PROTOCOL_VERSION,
@@ -82,22 +99,30 @@ def base_index(folder: Path | None = None, routers: dict | None = None) -> BaseI
         intermediate=INTERMEDIATE,
         vocabulary=64,
         group=8,
-        dense=write(dense),
+        architecture="causal",
+        projections=("gate_up", "down"),
+        dense=dense,
         tokenizer=write(b"{}"),
-        experts=tuple(experts),
+        experts=experts,
+        error={"int4": 0.1, "int8": 0.01},
         routing_prior=tuple(tuple(float(p) for p in row) for row in prior),
         peft=PEFT,
     )
 
 
-def shape(slots: tuple[int, ...]) -> Shape:
+def _expert_blob(weights: dict, format: str) -> bytes:
+    parts = {}
+    for name, weight in weights.items():
+        parts[f"{name}.packed"], parts[f"{name}.scale"] = packing.quantize(weight, format, group=8)
+    return tensors.encode(parts)
+
+
+def shape(slots: Slots) -> Shape:
     """Batch 2, sequence 16."""
-    return Shape(batch=2, sequence=16, answers=1, rank=RANK, group=8, slots=slots)
+    return Shape(batch=2, sequence=16, answers=1, dense="int4", slots=slots)
 
 
-def build(
-    folder: Path, profiles: dict[str, tuple[int, ...]], routers: dict | None = None
-) -> BaseIndex:
+def build(folder: Path, profiles: dict[str, Slots], routers: dict | None = None) -> BaseIndex:
     """Write a store with one manifest per profile (name -> slots per layer)."""
     blobs = folder / "blobs"
     blobs.mkdir(parents=True)
@@ -120,7 +145,7 @@ def build(
             shape=shape(slots),
             train=program,
             evaluate=program,
-            dense=base.dense,
+            dense=base.dense["int4"],
             tokenizer=base.tokenizer,
             memory=plan,
             experts={},
