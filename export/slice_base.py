@@ -123,6 +123,10 @@ def _dense(
             except ValueError as problem:
                 raise CheckpointError(f"{checkpoint.path}: '{name}': {problem}") from problem
     for layer in base.moe_layers:
+        if family.fresh_router is not None:
+            for parts in named.values():
+                parts[f"layers.{layer}.router"] = family.fresh_router(layer, base.config)
+            continue
         # Routers stay exact: an adapter carries them whole, base rows and change.
         routers = {"router": family.router} | {
             f"router.{name}": path for name, path in family.router_extra.items()
@@ -165,7 +169,7 @@ def slice_base(
         moe_layers=layers,
         num_experts=experts,
         top_k=family.top_k(config),
-        hidden=int(config["hidden_size"]),
+        hidden=family.hidden(config),
         intermediate=family.intermediate(config),
         vocabulary=int(config["vocab_size"]),
         group=packing.GROUP,

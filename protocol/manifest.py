@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,27 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftLayout:
-    """Where stock PEFT looks for our tensors; `{layer}` is filled in. Written by `export`, used by `server`."""
+    """Where stock PEFT looks for our tensors. Written by `export`, used by `server`.
+
+    Keys are templates for `key`: `{layer}`, `{expert}` and `{place}`, which is the layer's entry in `places`. A model
+    of two stacks (encoder, decoder) needs places, because its layers are numbered through.
+    """
 
     target_parameters: tuple[str, ...]
     target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    lora: dict[str, dict[str, str]]  # projection -> lora_A | lora_B -> key; with `{expert}`: one key per expert
+    lora: dict[
+        str, dict[str, str]
+    ]  # projection -> lora_A | lora_B -> key; with `{expert}`: one key per expert
     router: str
     base_model_class: str
     parent_library: str
+    places: dict[str, str] = field(default_factory=dict)
+
+    def key(self, template: str, layer: int, expert: int = 0) -> str:
+        """A template of this layout, filled in."""
+        place = self.places.get(str(layer), "")
+        return template.format(layer=layer, expert=expert, place=place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +198,9 @@ class BaseIndex:
     intermediate: int
     vocabulary: int
     group: int
-    architecture: str  # "causal", or "seq2seq": targets are the decoder's output and `positions` is not used
+    architecture: (
+        str  # "causal", or "seq2seq": targets are the decoder's output and `positions` is not used
+    )
     projections: tuple[str, ...]  # of an expert: gate_up | up, down; or adapter
     dense: dict[str, Blob]  # by format
     tokenizer: Blob
@@ -195,7 +209,7 @@ class BaseIndex:
     routing_prior: tuple[
         tuple[float, ...], ...
     ]  # [layer position][expert], rows sum to 1; of the base's own text
-    peft: PeftLayout
+    peft: PeftLayout | None  # None: adapter experts (FFT-MoE), which PEFT does not know
 
     def features(self, projection: str) -> tuple[int, int]:
         """(output, input) features of a projection: of the two factors' outer sides for an adapter expert."""
@@ -256,7 +270,9 @@ def parse_base(data: Any, where: str) -> BaseIndex:
             raise ManifestError(f"{where}: experts do not cover every layer")
     for key in (*base.experts, *base.dense, *base.error):
         if key not in packing.FORMATS:
-            raise ManifestError(f"{where}: format {key[:20]!r}, one of {', '.join(packing.FORMATS)} wanted")
+            raise ManifestError(
+                f"{where}: format {key[:20]!r}, one of {', '.join(packing.FORMATS)} wanted"
+            )
     for projection in base.projections:
         if projection not in names.PROJECTIONS:
             raise ManifestError(f"{where}: projection {projection[:20]!r} is not known")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
-from export.families import olmoe
-from export.families.family import Family
+from export.families import fft_moe, olmoe, switch
+from export.families.family import Config, Family, FamilyError
+
+__all__ = ["BUILT", "FAMILIES", "Family", "FamilyError", "of"]
 
 FAMILIES: dict[str, Family] = {olmoe.FAMILY.model_type: olmoe.FAMILY}
-
-
-class FamilyError(ValueError):
-    """A checkpoint of a class that cannot be sliced."""
+BUILT: dict[str, Callable[[Config, str], Family]] = {switch.MODEL_TYPE: switch.family}
+"""Families whose names depend on the configuration."""
 
 
 def of(config: dict[str, Any], where: str) -> Family:
@@ -26,10 +27,21 @@ def of(config: dict[str, Any], where: str) -> Family:
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    close = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    if model_type in BUILT:
+        return BUILT[model_type](config, where)
+    if model_type in fft_moe.DENSE:
+        if fft_moe.EXPERTS in config:
+            return fft_moe.family(config)
+        raise FamilyError(
+            f"{where}: model_type '{model_type}' has no experts to choose from; "
+            "--adapter-experts M trains M small ones beside every block (FFT-MoE)"
+        )
+    known = sorted((*FAMILIES, *BUILT))
+    close = difflib.get_close_matches(model_type, known, n=1)
     hint = f", did you mean '{close[0]}'?" if close else ""
     experts = any("expert" in key for key in config)
     what = "a MoE class that is not supported yet" if experts else "not a Mixture-of-Experts model"
     raise FamilyError(
-        f"{where}: model_type '{model_type}' is {what}{hint} (supported: {', '.join(sorted(FAMILIES))})"
+        f"{where}: model_type '{model_type}' is {what}{hint} (supported: {', '.join(known)}; "
+        f"with --adapter-experts also {', '.join(fft_moe.DENSE)})"
     )

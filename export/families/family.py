@@ -9,13 +9,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from protocol.manifest import PeftLayout
 
 Config = dict[str, Any]
+
+
+class FamilyError(ValueError):
+    """A checkpoint of a class that cannot be sliced."""
+
+
+class Placed(str):
+    """A template with `{place}`: the path of the layer's block, where layers of two stacks are numbered through.
+
+    >>> Placed("{place}.mlp", {4: "decoder.block.1"}).format(layer=4)
+    'decoder.block.1.mlp'
+    """
+
+    places: Mapping[int, str]
+
+    def __new__(cls, template: str, places: Mapping[int, str]) -> Placed:
+        """Take the template and layer -> place."""
+        made = super().__new__(cls, template)
+        made.places = places
+        return made
+
+    def format(self, *, layer: int, **more: Any) -> str:
+        """The name in that layer."""
+        return super().format(layer=layer, place=self.places[layer], **more)
+
+
 Rows = Mapping[str, Tensor]
 Route = Callable[[Tensor, Rows, Config], tuple[Tensor, Tensor]]
 
@@ -37,6 +65,7 @@ class Family:
     shared : (the original block, hidden [B, S, d]) -> what every token gets beside its experts, or None. Its parameters
         are dense: always resident
     activation : config -> silu | gelu | gelu_tanh | relu
+    fresh_router : (layer, config) -> a router of our own [E, d], where the checkpoint has none; `router` is then not used
     """
 
     model_type: str
@@ -49,13 +78,15 @@ class Family:
     intermediate: Callable[[Config], int]
     moe_layers: Callable[[Config], tuple[int, ...]]
     route: Route
-    peft: PeftLayout
+    peft: PeftLayout | None
     router_extra: dict[str, str] = field(default_factory=dict)
     probabilities: Callable[[Tensor, Config], Tensor] = lambda logits, config: F.softmax(logits, -1)
     shared: Callable[[nn.Module, Tensor], Tensor] | None = None
     activation: Callable[[Config], str] = lambda config: "silu"
     projections: tuple[str, ...] = ("gate_up", "down")
     architecture: str = "causal"
+    hidden: Callable[[Config], int] = lambda config: int(config["hidden_size"])
+    fresh_router: Callable[[int, Config], NDArray[np.float32]] | None = None
 
 
 def every_layer(config: Config) -> tuple[int, ...]:
