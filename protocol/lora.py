@@ -1,7 +1,8 @@
 """LoRA arithmetic that every side must share: the scale, the fresh factors, the product.
 
 Letters: R rank, I input features, O output features. `A` is [R, I], `B` is [O, R], the change to W [O, I] is
-`SCALE * B @ A`, as in PEFT with `lora_alpha = SCALE * R`.
+`SCALE * B @ A`, as in PEFT with `lora_alpha = SCALE * R`. Adapter experts (projection `adapter`, see `fft_moe`) keep
+their factors under the same names and start from the same fresh A, but have no scale and a nonlinearity in between.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from export.families.family import (
     every_layer,
     softmax_top_k,
 )
-from protocol import lora
+from protocol import fft_moe, lora
 
 DENSE = ("gemma", "gemma2", "llama", "qwen2", "qwen3")
-"""Decoders whose block is `model.layers.{layer}.mlp`, a module of one argument."""
+"""Decoders whose feed-forward block is the module `protocol.fft_moe.BLOCK`, of one argument."""
 
 EXPERTS, TOP_K = "adapter_experts", "adapter_top_k"
 
@@ -60,7 +60,7 @@ def family(config: Config) -> Family:
         fused={},
         split={},
         router="",
-        block="model.layers.{layer}.mlp",
+        block=fft_moe.BLOCK,
         num_experts=lambda config: int(config[EXPERTS]),
         top_k=lambda config: int(config[TOP_K]),
         intermediate=lambda config: int(config["intermediate_size"]),
