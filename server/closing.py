@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex
-from server import adapters, expert_values, peft_adapter
+from server import adapters, expert_values, fft_adapter, peft_adapter
 from server.aggregate import Aggregated, Contribution, aggregate
 from server.artifacts import Artifacts
 from server.expert_values import Floats
@@ -83,10 +83,9 @@ def write_version(
     artifacts: Artifacts,
     base_name: str,
 ) -> None:
-    """Write `folder/<version>/`: our own form and PEFT's."""
+    """Write `folder/<version>/`: our own form and PEFT's, or for adapter experts the form our loader reads."""
     base = artifacts.base
     name = base_name or f"{base.model_type}-{base.base[:12]}"
-    files = peft_adapter.peft_files(
-        adapter, artifacts.routers(), base, version=version, base_name=name
-    )
+    form = fft_adapter.fft_files if base.peft is None else peft_adapter.peft_files
+    files = form(adapter, artifacts.routers(), base, version=version, base_name=name)
     adapters.write_version(folder, version, adapter, files)

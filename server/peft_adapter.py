@@ -1,8 +1,9 @@
 """The global adapter as a directory that stock PEFT loads. Layout verified against peft 0.21.2 (see the test).
 
-Letters: E experts, R rank. PEFT fuses the experts of a layer: `lora_A` [E*R, in] has row e*R+j = A_e[j],
-`lora_B` [out, R*E] has column j*E+e = B_e[:, j] (the expert runs fastest). Router rows are not LoRA: the whole
-gate is saved (`modules_to_save`), base rows plus changes.
+Letters: E experts, R rank. Where transformers fuses the experts of a layer, so does PEFT: `lora_A` [E*R, in] has row
+e*R+j = A_e[j], `lora_B` [out, R*E] has column j*E+e = B_e[:, j] (the expert runs fastest). Where every expert has
+modules of its own (Switch), the keys name the expert. Router rows are not LoRA: the whole gate is saved
+(`modules_to_save`), base rows plus changes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import lora, names, tensors
-from protocol.manifest import BaseIndex
+from protocol.manifest import BaseIndex, PeftLayout
 
 PEFT_VERSION = "0.21.2"
 
@@ -31,28 +32,42 @@ def peft_tensors(
     routers : layer -> base router rows [E, hidden]
     """
     state: dict[str, NDArray[np.float32]] = {}
-    experts = range(base.num_experts)
+    layout, experts = _layout(base), range(base.num_experts)
     for layer in base.moe_layers:
         for projection in base.projections:
-            keys = base.peft.lora[projection]
-            a = [adapter[names.lora(layer, e, projection, "lora_A")] for e in experts]
-            state[keys["lora_A"].format(layer=layer)] = np.concatenate(a)
-            b = np.stack([adapter[names.lora(layer, e, projection, "lora_B")] for e in experts], -1)
-            state[keys["lora_B"].format(layer=layer)] = b.reshape(b.shape[0], -1)
+            a, b = (
+                [adapter[names.lora(layer, e, projection, factor)] for e in experts]
+                for factor in names.FACTORS
+            )
+            key_a, key_b = (layout.lora[projection][factor] for factor in names.FACTORS)
+            if "{expert}" in key_a:
+                state |= {layout.key(key_a, layer, e): a[e] for e in experts}
+                state |= {layout.key(key_b, layer, e): b[e] for e in experts}
+            else:
+                state[layout.key(key_a, layer)] = np.concatenate(a)
+                state[layout.key(key_b, layer)] = np.stack(b, -1).reshape(b[0].shape[0], -1)
         change = np.stack([adapter[names.router_row(layer, e)] for e in experts])
-        state[base.peft.router.format(layer=layer)] = routers[layer].astype(np.float32) + change
+        state[layout.key(layout.router, layer)] = routers[layer].astype(np.float32) + change
     return state
+
+
+def _layout(base: BaseIndex) -> PeftLayout:
+    """An FFT-MoE base has none: its adapter is written by `fft_adapter`."""
+    if base.peft is None:
+        raise ValueError(f"PEFT has no adapter experts, which this base ({base.model_type}) has")
+    return base.peft
 
 
 def peft_config(base: BaseIndex, rank: int, base_name: str) -> dict[str, Any]:
     """`adapter_config.json`."""
+    layout = _layout(base)
     return {
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "task_type": None,
         "auto_mapping": {
-            "base_model_class": base.peft.base_model_class,
-            "parent_library": base.peft.parent_library,
+            "base_model_class": layout.base_model_class,
+            "parent_library": layout.parent_library,
         },
         "base_model_name_or_path": base_name,
         "inference_mode": True,
@@ -60,9 +75,9 @@ def peft_config(base: BaseIndex, rank: int, base_name: str) -> dict[str, Any]:
         "lora_alpha": lora.alpha(rank),
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [],
-        "target_parameters": list(base.peft.target_parameters),
-        "modules_to_save": list(base.peft.modules_to_save),
+        "target_modules": list(layout.target_modules),
+        "target_parameters": list(layout.target_parameters),
+        "modules_to_save": list(layout.modules_to_save),
     }
 
 
@@ -86,7 +101,7 @@ def peft_files(
     base_name: str,
 ) -> dict[str, bytes]:
     """File name -> content of the directory; `base_name` is what PEFT shall call the base."""
-    rank = adapter[names.lora(base.moe_layers[0], 0, "gate_up", "lora_A")].shape[0]
+    rank = adapter[names.lora(base.moe_layers[0], 0, base.projections[0], "lora_A")].shape[0]
     config = peft_config(base, rank, base_name)
     return {
         "adapter_model.safetensors": tensors.encode(peft_tensors(adapter, routers, base)),
