@@ -24,7 +24,16 @@ from pathlib import Path
 import numpy as np
 
 from protocol import PROTOCOL_VERSION, manifest, tensors
-from protocol.manifest import BaseIndex, Blob, Manifest, MemoryPlan, PeftLayout, Program, Shape
+from protocol.manifest import (
+    BaseIndex,
+    Blob,
+    Manifest,
+    MemoryPlan,
+    PeftLayout,
+    Program,
+    Shape,
+    Slot,
+)
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 4, 16, 160, 192
 
@@ -40,10 +49,12 @@ def made_up_store(folder: Path) -> None:
     base = BaseIndex(
         protocol=PROTOCOL_VERSION, base="0" * 64, model_type="olmoe", config={},
         moe_layers=tuple(range(LAYERS)), num_experts=EXPERTS, top_k=2, hidden=HIDDEN,
-        intermediate=INTERMEDIATE, vocabulary=4096, group=32, dense=dense, tokenizer=dense,
-        experts=((dense,) * EXPERTS,) * LAYERS, routing_prior=((1 / EXPERTS,) * EXPERTS,) * LAYERS,
+        intermediate=INTERMEDIATE, vocabulary=4096, group=32, dense={"int4": dense}, tokenizer=dense,
+        experts={"int4": ((dense,) * EXPERTS,) * LAYERS}, error={"int4": 0.1},
+        architecture="causal", projections=("gate_up", "down"),
+        routing_prior=((1 / EXPERTS,) * EXPERTS,) * LAYERS,
         peft=PeftLayout(
-            target_parameters=(), modules_to_save=(), router="{layer}.r", base_model_class="",
+            target_parameters=(), target_modules=(), modules_to_save=(), router="{layer}.r", base_model_class="",
             parent_library="",
             lora={p: {f: f"{p}.{k}" for f, k in keys.items()} for p in ("gate_up", "down")},
         ),
@@ -53,7 +64,10 @@ def made_up_store(folder: Path) -> None:
     )
     artifact = Manifest(
         protocol=PROTOCOL_VERSION, base=base.base, profile="p",
-        shape=Shape(batch=4, sequence=128, answers=1, rank=8, group=32, slots=(8,) * LAYERS),
+        shape=Shape(
+            batch=4, sequence=128, answers=1, dense="int4",
+            slots=((Slot(format="int4", rank=8),) * 8,) * LAYERS,
+        ),
         train=program, evaluate=program, dense=dense, tokenizer=dense, experts={},
         memory=MemoryPlan(
             budget=1, arena=0, inputs=0, parameters=0, optimizer=0, outputs=0, runtime=0
