@@ -2,8 +2,8 @@
 
     python -m lab.central --base DIR --train DIR --rows test.jsonl --task task.json --sequence 32 --samples 6912
 
-What federation gives away to skew, to small devices and to 4 bits is the distance to this. PEFT `target_parameters`
-on every expert and the routers, float32, AdamW, a linearly falling learning rate.
+What federation gives away to skew, to small devices, to low ranks and to few bits is the distance to this. PEFT on
+every expert and the routers, at the run's rank, float32, AdamW, a linearly falling learning rate.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ from protocol import lora
 log = logging.getLogger(__name__)
 
 
-def adapted(base: Path, rank: int, experts: Sequence[str], routers: Sequence[str]) -> Any:
-    """The base with fresh LoRA on the parameters named `experts` and trainable modules `routers`."""
+def adapted(
+    base: Path, rank: int, parameters: Sequence[str], modules: Sequence[str], routers: Sequence[str]
+) -> Any:
+    """The base with fresh LoRA on its experts (`parameters` or `modules`) and trainable modules `routers`."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=rank,
         lora_alpha=lora.alpha(rank),
-        target_modules=[],
-        target_parameters=list(experts),
+        target_modules=list(modules),
+        target_parameters=list(parameters),
         modules_to_save=list(routers),
     )
     return get_peft_model(load_base(base), config)
@@ -99,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--router-learning-rate", type=float, default=0.003)
-    parser.add_argument("--target-parameters", nargs="+", required=True)
+    parser.add_argument("--target-parameters", nargs="*", default=[])
+    parser.add_argument("--target-modules", nargs="*", default=[])
     parser.add_argument("--modules-to-save", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -114,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     # The devices hold one row in five back; so does the ceiling.
     rows, _ = data.split_rows(rows)
-    model = adapted(args.base, args.rank, args.target_parameters, args.modules_to_save)
+    model = adapted(
+        args.base, args.rank, args.target_parameters, args.target_modules, args.modules_to_save
+    )
     train(
         model,
         prompts,

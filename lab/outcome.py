@@ -28,6 +28,8 @@ class DeviceOutcome:
     rows: int
     held_back_rows: int
     experts: tuple[int, ...]  # resident per MoE layer, in its last training round
+    trained: tuple[int, ...]  # of these, the ones in slots that train
+    slots: dict[str, int]  # "format/rank" -> slots over all layers, rank 0 for a frozen one
     budget_bytes: int
     predicted_bytes: int  # by export, -1 where unknown
     peak_bytes: int  # the highest of all rounds
@@ -113,6 +115,16 @@ class Outcome:
         return means
 
 
+def kind_order(kind: str) -> tuple[int, str]:
+    """Sorts kinds of slots ("format/rank") as the slots of a layer are: higher rank first, then the wider format.
+
+    >>> sorted(["int4/0", "int4/8", "int8/8"], key=kind_order)
+    ['int8/8', 'int4/8', 'int4/0']
+    """
+    format, rank = kind.split("/")
+    return -int(rank), "" if format == "int8" else format
+
+
 def parse_history(text: str, where: str) -> list[dict[str, Any]]:
     """One dict per closed round; raises HistoryError. A last line cut short by a crash is left out."""
     lines = text.splitlines()
@@ -165,6 +177,7 @@ def _device(
     layers: Sequence[int],
     versions: int,
     predicted: Mapping[str, int],
+    slots: Mapping[str, dict[str, int]],
 ) -> DeviceOutcome:
     mine = [(e, e["devices"][name]) for e in history if name in e["devices"]]
     facts = [f for _, f in mine]
@@ -178,6 +191,8 @@ def _device(
         rows=max(f["rows"] for f in facts),
         held_back_rows=max(f["held_back_rows"] for f in facts),
         experts=tuple(len(last["resident"].get(str(layer), ())) for layer in layers),
+        trained=tuple(len(last["trained"].get(str(layer), ())) for layer in layers),
+        slots=slots.get(last["profile"], {}),
         budget_bytes=last["budget_bytes"],
         predicted_bytes=predicted.get(last["profile"], -1),
         peak_bytes=max(f["peak_bytes"] for f in facts),
@@ -190,18 +205,29 @@ def _device(
     )
 
 
+def samples(history: Sequence[dict[str, Any]], batch: Mapping[str, int]) -> int:
+    """Rows trained on over all devices and rounds, with repeats; `batch` as in `gather`."""
+    return sum(
+        facts["steps"] * batch[facts["profile"]]
+        for entry in history
+        if entry["work"] == "train"
+        for facts in entry["devices"].values()
+    )
+
+
 def gather(
     *,
     name: str,
     data: str,
     test_rows: int,
     labels: int,
-    batch: int,
+    batch: Mapping[str, int],
     layers: Sequence[int],
     experts: int,
     history: Sequence[dict[str, Any]],
     scores: Mapping[int, float],
     predicted: Mapping[str, int],
+    slots: Mapping[str, dict[str, int]],
     ceiling: float | None = None,
     seconds: float = 0.0,
     seconds_building: float = 0.0,
@@ -210,9 +236,11 @@ def gather(
 
     Parameters
     ----------
+    batch : profile -> rows per step
     history : parsed lines of history.jsonl
     scores : adapter version -> global accuracy; 0 is the base
     predicted : profile -> bytes that export predicted
+    slots : profile -> "format/rank" -> slots over all layers
 
     Raises
     ------
@@ -224,20 +252,14 @@ def gather(
         if not names:
             raise HistoryError("the history names no device that delivered an update")
         versions = 1 + max(entry["version"] for entry in history)
-        samples = sum(
-            facts["steps"] * batch
-            for entry in history
-            if entry["work"] == "train"
-            for facts in entry["devices"].values()
-        )
-        devices = [_device(n, history, layers, versions, predicted) for n in names]
+        devices = [_device(n, history, layers, versions, predicted, slots) for n in names]
         devices.sort(key=lambda d: (-d.budget_bytes, d.name))
         return Outcome(
             name=name,
             data=data,
             test_rows=test_rows,
             labels=labels,
-            samples=samples,
+            samples=samples(history, batch),
             layers=tuple(layers),
             experts=experts,
             devices=tuple(devices),

@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lab.figure_style import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, RED, STYLE, png
 from lab.outcome import Outcome
-
-INK, MUTED, FAINT, GRID = "#1f2933", "#616e7c", "#b8c2cc", "#e4e7eb"
-BLUE, ORANGE, GREEN, RED = "#1f6feb", "#d9730d", "#2f9e44", "#c92a2a"
-_SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6fa", "#9dc3f5", "#1f6feb", "#0b2a5b"])
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlepad": 10,
-    "axes.grid": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "grid.color": GRID,
-    "legend.frameon": False,
-    "figure.dpi": 150,
-}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without the date and the software's version the same run gives the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+from lab.plot_experts import experts, slots
 
 
 def _line(axes: Axes, values: Sequence[float | None], **style: Any) -> None:
@@ -59,7 +23,7 @@ def _line(axes: Axes, values: Sequence[float | None], **style: Any) -> None:
 
 def accuracy(outcome: Outcome) -> bytes:
     """Accuracy per round: the whole model on rows no device has, and the devices on rows of their own."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.4, 4.0), layout="constrained")
         for index, device in enumerate(outcome.devices):
             label = "each device, own rows and experts" if index == 0 else None
@@ -133,60 +97,14 @@ def accuracy(outcome: Outcome) -> bytes:
             fontsize=8.5,
             columnspacing=1.4,
         )
-        return _png(figure)
-
-
-def experts(outcome: Outcome) -> bytes:
-    """Experts x devices per layer: in how many rounds each device trained each expert."""
-    names = [device.name for device in outcome.devices]
-    most = max(1, sum(r.work == "train" for r in outcome.rounds))
-    columns = min(2, len(outcome.layers))
-    rows = -(-len(outcome.layers) // columns)
-    with plt.rc_context(_STYLE):
-        figure, grid = plt.subplots(
-            rows,
-            columns,
-            figsize=(9.2, (0.28 * len(names) + 1.1) * rows + 0.5),
-            layout="constrained",
-            squeeze=False,
-            sharex=True,
-            sharey=True,
-        )
-        for axes in grid.flat[len(outcome.layers) :]:
-            axes.set_visible(False)
-        for index, (axes, layer) in enumerate(zip(grid.flat, outcome.layers, strict=False)):
-            held = np.stack([outcome.trained_rounds[name][index] for name in names])
-            image = axes.imshow(held, cmap=_SHADES, vmin=0, vmax=most, aspect="auto")
-            axes.set_yticks(range(len(names)), names)
-            step = max(1, outcome.experts // 16)
-            axes.set_xticks(range(0, outcome.experts, step))
-            axes.tick_params(length=0, labelsize=8)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            axes.set_xticks(np.arange(-0.5, outcome.experts), minor=True)
-            axes.set_yticks(np.arange(-0.5, len(names)), minor=True)
-            axes.grid(which="minor", color="white", linewidth=1.5)
-            axes.tick_params(which="minor", length=0)
-            nobody = int((held.sum(0) == 0).sum())
-            note = f", {nobody} on no device" if nobody else ""
-            axes.set_title(f"layer {layer}: {outcome.experts - nobody} experts trained{note}")
-            if index >= len(outcome.layers) - columns:
-                axes.set_xlabel("expert")
-        engine: Any = figure.get_layout_engine()
-        engine.set(hspace=0.06)
-        bar = figure.colorbar(image, ax=grid, shrink=0.6, pad=0.015, aspect=18)
-        bar.set_label("rounds in which it was trained")
-        bar.locator = MaxNLocator(integer=True)
-        bar.update_ticks()
-        bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def resources(outcome: Outcome) -> bytes:
     """Measured peak memory against the budget, and bytes down and up, per device."""
     devices = outcome.devices
     places = np.arange(len(devices))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (memory, traffic) = plt.subplots(
             1, 2, figsize=(9.2, 0.42 * len(devices) + 1.7), layout="constrained", sharey=True
         )
@@ -240,8 +158,8 @@ def resources(outcome: Outcome) -> bytes:
                 loc="upper left", bbox_to_anchor=(-0.02, -0.1), ncols=3, fontsize=8.5,
                 handlelength=1.2, columnspacing=1.2,
             )  # fmt: skip
-        return _png(figure)
+        return png(figure)
 
 
-FIGURES = {"accuracy": accuracy, "experts": experts, "resources": resources}
+FIGURES = {"accuracy": accuracy, "slots": slots, "experts": experts, "resources": resources}
 """Name of the file -> what draws it."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.live import megabytes, percent
-from lab.outcome import DeviceOutcome, Outcome
+from lab.outcome import DeviceOutcome, Outcome, kind_order
 
 COLUMNS = (
     "device",
@@ -29,10 +29,12 @@ COLUMNS = (
 CAPTIONS = {
     "accuracy": "Blue: the whole fp32 model with the global adapter, loaded by stock PEFT. Grey and orange: the 4-bit "
     "part of the model that a device holds, on rows it held back, before it trains further in that round.",
-    "experts": "Dark: trained in every round. A device trains all the experts it holds; the server chooses them anew "
-    "for every round.",
+    "slots": "What the planner made room for, over all layers: how the frozen weights of an expert are stored, and the "
+    "rank of the LoRA trained on them. An expert in a frozen slot is used but not trained.",
+    "experts": "Dark: trained in every round. The server chooses a device's experts anew for every round; those in "
+    "frozen slots are not shown.",
     "resources": "Memory is the highest resident size over all rounds less the process's resident size just before the "
-    "program was opened (the baseline in the table: Python with torch and ExecuTorch loaded).",
+    "program was opened (the baseline in the table).",
 }
 _CSS = """
 :root { color-scheme: light; }
@@ -71,6 +73,16 @@ def cells(device: DeviceOutcome) -> tuple[str, ...]:
     )
 
 
+def slots_in_words(device: DeviceOutcome) -> str:
+    """Its slots by kind, the largest rank first: "12 int8 of rank 8, 20 int4 frozen"."""
+    words = []
+    for kind in sorted(device.slots, key=kind_order):
+        format, rank = kind.split("/")
+        how = f"of rank {rank}" if rank != "0" else "frozen"
+        words.append(f"{device.slots[kind]} {format} {how}")
+    return ", ".join(words) or "slots not known"
+
+
 def summary(outcome: Outcome) -> list[tuple[str, str]]:
     """(what, value): the numbers of the whole run."""
     facts = [
@@ -102,6 +114,8 @@ def print_table(outcome: Outcome, console: Console) -> None:
         table.add_row(*cells(device), style=None if device.fits else "red")
     console.print()
     console.print(table)
+    for device in outcome.devices:
+        console.print(f"  {device.name}: {slots_in_words(device)}", highlight=False)
     for what, value in summary(outcome):
         console.print(f"  {what}: {value}", highlight=False)
 

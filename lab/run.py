@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,22 +21,21 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 import reference_base
-from lab import artifacts, dataset, fleet, outcome, report, scenario
+from lab import artifacts, conclude, fleet, prepare, report, scenario
 from lab.artifacts import ArtifactError
 from lab.cgroups import memory_groups
-from lab.dataset import DataError, Row, Split
+from lab.conclude import ConclusionError
+from lab.dataset import DataError
 from lab.fleet import Plan
 from lab.live import View
 from lab.outcome import HistoryError
+from lab.prepare import FolderError
 from lab.processes import ProcessError, Processes
 from lab.scenario import Scenario, ScenarioError
-from protocol import manifest, messages
 from protocol.manifest import ManifestError
 
 log = logging.getLogger(__name__)
 DEMO = Path(__file__).parent / "scenarios" / "demo.toml"
-MARK = "run.json"  # says that a folder is one of ours, which may be replaced
-PER_INTENT = 160
 ENFORCE = ("auto", "cgroup", "rlimit", "none")
 
 
@@ -51,11 +47,11 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     """Everything, in order; returns the report's path."""
     start = time.monotonic()
     plan_of_run = settings(args)
-    rows = read_rows(args, plan_of_run.seed)
-    plan_of_run = fit_sequence(plan_of_run, rows, args.base)
-    split = divide(rows, plan_of_run)
-    folder = fresh_folder(args.out)
-    task, test, data = write_data(folder, split, plan_of_run)
+    rows = prepare.read_rows(args.data, args.text, args.label, plan_of_run.seed)
+    plan_of_run = prepare.fit_sequence(plan_of_run, rows, args.base)
+    split = prepare.divide(rows, plan_of_run)
+    folder = prepare.fresh_folder(args.out)
+    task, test, data = prepare.write_data(folder, split, plan_of_run)
     names = [device.name for device in plan_of_run.device]
     # In this order: a cgroup can only be removed when its processes have gone.
     with enforcement(args.enforce, names) as limits, Processes(folder / "logs") as processes:
@@ -75,14 +71,22 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         with View(console) as view:
             _, scores = fleet.run(processes, plan, plan_of_run, view)
         ran = time.monotonic() - start
-        result = put_together(plan, plan_of_run, args, split, scores, ran, building)
+        result = conclude.put_together(
+            plan,
+            plan_of_run,
+            "generated utterances to an assistant" if args.data is None else args.data.name,
+            split,
+            scores,
+            ran,
+            building,
+        )
         page = report.write(result, folder)
         if args.ceiling:
-            ceiling = train_centrally(processes, plan, plan_of_run, console)
+            ceiling = conclude.train_centrally(processes, plan, plan_of_run, console)
             result = dataclasses.replace(result, ceiling=ceiling)
             page = report.write(result, folder)
         report.print_table(result, console)
-        verify(plan, console)
+        conclude.verify(plan, console)
     return page
 
 
@@ -116,58 +120,6 @@ def settings(args: argparse.Namespace) -> Scenario:
         ),
         str(args.scenario),
     )
-
-
-def read_rows(args: argparse.Namespace, seed: int) -> list[Row]:
-    """The user's rows, or generated ones; raises DataError."""
-    if args.data is None:
-        return dataset.assistant_rows(PER_INTENT, seed)
-    return dataset.read(args.data, args.text, args.label)
-
-
-def fit_sequence(chosen: Scenario, rows: Sequence[Row], base: Path) -> Scenario:
-    """Fill in the sequence where it is open, and the batch from the tokens of a step; raises DataError."""
-    artifact = chosen.artifact
-    tokenizer = base / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise DataError(f"{tokenizer}: no such file; a checkpoint folder with a tokenizer wanted")
-    sequence = artifact.sequence or dataset.fitting_sequence(
-        [row.text for row in rows], messages.Task().template, tokenizer, artifact.answers
-    )
-    batch = artifact.batch or max(1, artifact.tokens // sequence)
-    return dataclasses.replace(
-        chosen, artifact=dataclasses.replace(artifact, sequence=sequence, batch=batch)
-    )
-
-
-def divide(rows: Sequence[Row], chosen: Scenario) -> Split:
-    """A test set for the lab, the rest for the devices; raises DataError."""
-    data = chosen.data
-    return dataset.split(
-        rows, len(chosen.device), data.rows_per_device, data.test_rows, data.alpha, chosen.seed
-    )
-
-
-def fresh_folder(out: Path) -> Path:
-    """An empty folder for the run; an older run there is replaced, anything else is refused."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
-        raise LabError(f"{out}: holds something else than a run, choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    return out.resolve()
-
-
-def write_data(folder: Path, split: Split, chosen: Scenario) -> tuple[Path, Path, dict[str, Path]]:
-    """Write the task, the test rows, each device's rows; (task, test, device -> file)."""
-    (folder / MARK).write_text(json.dumps(dataclasses.asdict(chosen), indent=1), encoding="utf-8")
-    task, test = folder / "task.json", folder / "test.jsonl"
-    task.write_text(json.dumps({"labels": split.labels}), encoding="utf-8")
-    dataset.write(test, split.test)
-    files = {}
-    for device, rows in zip(chosen.device, split.devices, strict=True):
-        files[device.name] = folder / "data" / f"{device.name}.jsonl"
-        dataset.write(files[device.name], rows)
-    return task, test, files
 
 
 @contextlib.contextmanager
@@ -205,91 +157,6 @@ def cut(
         highlight=False,
     )
     return store, built
-
-
-def train_centrally(processes: Processes, plan: Plan, chosen: Scenario, console: Console) -> float:
-    """Accuracy of the ceiling; raises ProcessError."""
-    base = manifest.read_base(plan.store / "base.json")
-    history = _history(plan)
-    samples = chosen.artifact.batch * sum(
-        facts["steps"]
-        for entry in history
-        if entry["work"] == "train"
-        for facts in entry["devices"].values()
-    )
-    with console.status(f"training the whole base centrally with {samples} samples ..."):
-        child = processes.run(
-            "central",
-            [
-                *("lab.central", *fleet.judge_flags(plan, chosen)),
-                *("--train", str(plan.folder / "data"), "--samples", str(samples)),
-                *("--rank", str(chosen.artifact.rank), "--threads", str(os.cpu_count() or 1)),
-                *("--learning-rate", str(chosen.server.learning_rate)),
-                *("--router-learning-rate", str(chosen.server.router_learning_rate)),
-                *("--target-parameters", *base.peft.target_parameters),
-                *("--modules-to-save", *base.peft.modules_to_save),
-                *("--seed", str(chosen.seed)),
-            ],
-            # Threads that wait by spinning take the cores from others.
-            environment={"OMP_WAIT_POLICY": "PASSIVE"},
-        )
-    return float(json.loads(child.last_words())["accuracy"])
-
-
-def _history(plan: Plan) -> list[dict[str, Any]]:
-    path = plan.state / "history.jsonl"
-    try:
-        return outcome.parse_history(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise HistoryError(f"{path}: {error.strerror}") from error
-
-
-def put_together(
-    plan: Plan,
-    chosen: Scenario,
-    args: argparse.Namespace,
-    split: Split,
-    scores: Mapping[int, float],
-    seconds: float,
-    building: float,
-) -> outcome.Outcome:
-    """History, scores and predictions as one value; raises HistoryError, ManifestError."""
-    base = manifest.read_base(plan.store / "base.json")
-    predicted = {
-        profile: manifest.read_manifest(plan.store / profile / "manifest.json").memory.predicted
-        for profile in chosen.profiles
-    }
-    return outcome.gather(
-        name=chosen.name,
-        data="generated utterances to an assistant" if args.data is None else args.data.name,
-        test_rows=len(split.test),
-        labels=len(split.labels),
-        batch=chosen.artifact.batch,
-        layers=base.moe_layers,
-        experts=base.num_experts,
-        history=_history(plan),
-        scores=scores,
-        predicted=predicted,
-        seconds=seconds,
-        seconds_building=building,
-    )
-
-
-def verify(plan: Plan, console: Console) -> None:
-    """`python -m export.verify_adapter` on the last adapter; raises LabError when it does not pass."""
-    versions = [int(p.name) for p in (plan.state / "adapters").iterdir() if p.name.isdecimal()]
-    adapter = plan.state / "adapters" / str(max(versions))
-    done = subprocess.run(
-        [sys.executable, "-m", "export.verify_adapter", str(plan.base), str(adapter)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    words = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
-    line = words.splitlines()[-1] if words else f"exit status {done.returncode}"
-    if done.returncode != 0:
-        raise LabError(f"export.verify_adapter refused {adapter}: {line}")
-    console.print(f"adapter: {adapter}\nexport.verify_adapter: {line}", highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -358,7 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = run(args, console)
     except (
         ArtifactError,
+        ConclusionError,
         DataError,
+        FolderError,
         HistoryError,
         LabError,
         ManifestError,

@@ -92,7 +92,7 @@ def test_central_training_learns_and_its_adapter_is_read_back(base, task, tmp_pa
     some = [data.Row(r.text, r.label) for r in rows(64, 2)]
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     torch.manual_seed(0)
-    model = central.adapted(base, 2, experts, ["gate"])
+    model = central.adapted(base, 2, experts, [], ["gate"])
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("lora_" in n or "gate" in n for n in trainable)
     central.train(model, prompts, some, 8 * 60, 0.02, 0.003, 0)

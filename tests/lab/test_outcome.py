@@ -44,7 +44,7 @@ def line(number, work, version, devices, **more):
 
 
 def facts(accuracy, steps=0, peak=10, **more):
-    trained = FACTS["resident"] if steps else {}
+    trained = {"0": [0, 2], "1": []} if steps else {}  # the second layer's slot is frozen
     return {
         **FACTS,
         "accuracy_before": accuracy,
@@ -79,12 +79,13 @@ def result():
         data="rows",
         test_rows=9,
         labels=4,
-        batch=8,
+        batch={"pixel_8": 8},
         layers=(0, 1),
         experts=3,
         history=HISTORY,
         scores={0: 0.25, 2: 0.75},
         predicted={"pixel_8": 40 << 20},
+        slots={"pixel_8": {"int4/0": 1, "int8/4": 1, "int4/4": 1}},
         ceiling=0.9,
     )
 
@@ -103,10 +104,12 @@ def test_sums_peaks_and_experts(result):
     assert (a.peak_bytes, b.peak_bytes) == (30 << 20, 60 << 20)
     assert (a.fits, b.fits) == (True, False)
     assert (a.bytes_down, a.bytes_up, a.updates, a.experts) == (4000, 400, 2, (2, 1))
+    assert a.trained == (2, 0)
+    assert report.slots_in_words(a) == "1 int8 of rank 4, 1 int4 of rank 4, 1 int4 frozen"
     assert a.missed_mass == pytest.approx(0.3)
     assert result.samples == 3 * 5 * 8
-    assert result.trained_rounds["a"].tolist() == [[2, 0, 2], [0, 2, 0]]
-    assert result.trained_rounds["b"].tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert result.trained_rounds["a"].tolist() == [[2, 0, 2], [0, 0, 0]]
+    assert result.trained_rounds["b"].tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
 def test_not_measured_is_not_zero():
@@ -115,8 +118,8 @@ def test_not_measured_is_not_zero():
         line(1, "train", 1, {"a": facts(-1.0, 2)}),
     ]
     found = outcome.gather(
-        name="t", data="d", test_rows=0, labels=1, batch=1, layers=(0, 1), experts=3,
-        history=history, scores={}, predicted={},
+        name="t", data="d", test_rows=0, labels=1, batch={"pixel_8": 1}, layers=(0, 1), experts=3,
+        history=history, scores={}, predicted={}, slots={},
     )  # fmt: skip
     assert found.devices[0].before is None
     assert found.devices[0].after is None
@@ -135,8 +138,8 @@ def test_history_text_is_checked():
 
 def test_history_without_updates_or_with_a_key_missing_is_refused():
     more = {
-        "name": "t", "data": "d", "test_rows": 0, "labels": 1, "batch": 1, "layers": (0, 1),
-        "experts": 3, "scores": {}, "predicted": {},
+        "name": "t", "data": "d", "test_rows": 0, "labels": 1, "batch": {"pixel_8": 1}, "layers": (0, 1),
+        "experts": 3, "scores": {}, "predicted": {}, "slots": {},
     }  # fmt: skip
     with pytest.raises(HistoryError, match="no device"):
         outcome.gather(history=[line(0, "profile", 0, {})], **more)
@@ -150,9 +153,9 @@ def test_report_is_one_file_with_every_number(result, tmp_path):
     text = page.read_text()
     for wanted in ("25.0%", "75.0%", "90.0%", "1 of 2", "rejected: stale", "no update in time"):
         assert wanted in text
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 4
     assert "http" not in text.replace("http-equiv", "")
-    for name in ("accuracy", "experts", "resources"):
+    for name in ("accuracy", "slots", "experts", "resources"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -168,6 +171,15 @@ def test_table_fits_ninety_columns(result, capsys):
     assert "…" not in text
     assert "30.0%" in text
     assert "global accuracy after: 75.0%" in text
+    assert "  a: 1 int8 of rank 4, 1 int4 of rank 4, 1 int4 frozen" in text
+
+
+def test_figures_bear_slots_that_are_not_known(result):
+    from lab import plots
+
+    for device in result.devices:
+        object.__setattr__(device, "slots", {})
+    assert plots.slots(result)[:4] == b"\x89PNG"
 
 
 def test_figures_bear_gaps_and_more_layers_than_columns(result):
@@ -186,7 +198,7 @@ STATUS = {
     "devices": {
         "a": {
             "profile": "pixel_8", "online": True, "state": "working", "lease": "l", "work": "train",
-            "last_seen": 0, "slots": [2, 1], "resident": {"0": [0, 2], "1": [1]}, "trained": {},
+            "last_seen": 0, "slots": [{"int4/4": 2}, {"int4/0": 1}], "resident": {"0": [0, 2], "1": [1]}, "trained": {},
             "budget_bytes": 5 << 20, "peak_bytes": 6 << 20, "baseline_bytes": 1,
             "bytes_up": 0, "bytes_down": 1_500_000, "accuracy_first": None, "accuracy_last": 0.5,
             "loss_last": 1.25, "rows": 3,

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import reference_base
-from lab import artifacts, dataset, fleet, run
+from lab import artifacts, dataset, fleet, prepare, run
 from lab.fleet import Plan
 from lab.scenario import Artifact
 
@@ -46,17 +46,17 @@ def test_mistakes_end_with_one_line_and_2(words, message, capsys, tmp_path):
 
 def test_a_folder_that_is_no_run_is_not_replaced(tmp_path):
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(run.LabError, match="something else than a run"):
-        run.fresh_folder(tmp_path)
+    with pytest.raises(prepare.FolderError, match="something else than a run"):
+        prepare.fresh_folder(tmp_path)
     assert (tmp_path / "letters.txt").exists()
-    (tmp_path / run.MARK).write_text("{}")
-    assert list(run.fresh_folder(tmp_path).iterdir()) == []
+    (tmp_path / prepare.MARK).write_text("{}")
+    assert list(prepare.fresh_folder(tmp_path).iterdir()) == []
 
 
 def test_every_device_gets_its_own_rows_and_the_test_rows_stay_here(tmp_path):
     chosen = run.settings(options("--devices", "2"))
-    split = run.divide(dataset.assistant_rows(40, 0), chosen)
-    task, test, files = run.write_data(tmp_path, split, chosen)
+    split = prepare.divide(dataset.assistant_rows(40, 0), chosen)
+    task, test, files = prepare.write_data(tmp_path, split, chosen)
     assert json.loads(task.read_text())["labels"] == list(split.labels)
     parts = [{row.text for row in dataset.load(path)} for path in (test, *files.values())]
     assert len(parts) == 3
@@ -67,8 +67,10 @@ def test_batch_follows_from_the_tokens_of_a_step(tmp_path):
     if not (reference_base.MODEL_DIR / "tokenizer.json").exists():
         pytest.skip("the reference base is not in this checkout")
     chosen = run.settings(options())
-    short = run.fit_sequence(chosen, [dataset.Row("a b", "x", "x")] * 9, reference_base.MODEL_DIR)
-    long = run.fit_sequence(
+    short = prepare.fit_sequence(
+        chosen, [dataset.Row("a b", "x", "x")] * 9, reference_base.MODEL_DIR
+    )
+    long = prepare.fit_sequence(
         chosen, [dataset.Row("word " * 400, "x", "x")] * 9, reference_base.MODEL_DIR
     )
     assert (short.artifact.sequence, short.artifact.batch) == (32, 16)
