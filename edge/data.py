@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.session import Batch
+from protocol.manifest import BaseIndex
 from protocol.messages import Task
 
 MAX_LINE = 4 << 20
@@ -189,7 +190,11 @@ def _code_tokens(tokenizer: Tokenizer) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Prompter:
-    """Rows to batches for one task and one program shape."""
+    """Rows to batches for one task and one program shape.
+
+    With `seq2seq` the prompt alone is the encoder's input, ended by the token `end` where the model has one, and the
+    answer is what the decoder shall say: `positions` stay 0 and are not used.
+    """
 
     tokenizer: Tokenizer
     task: Task
@@ -197,11 +202,13 @@ class Prompter:
     sequence: int
     answers: int
     verbaliser: Verbaliser | None
+    seq2seq: bool = False
+    end: int | None = None
 
     def row(
         self, row: Row, rng: np.random.Generator | None
     ) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of a row (at most S), the places before its answer tokens, and those tokens.
+        """Tokens of a row (at most S), the places before its answer tokens (none for a decoder), and those tokens.
 
         `rng` draws what is free in plain language modelling (which part of a long text, which positions); without it
         the places are evenly spaced, for evaluation.
@@ -211,7 +218,8 @@ class Prompter:
         before, _, after = self.task.template.partition("{text}")
         answer = self.verbaliser.answers[self.verbaliser.labels.index(str(row.label))]
         suffix = encode(self.tokenizer, after) if after else []
-        room = self.sequence - len(suffix) - len(answer)
+        ending = [] if self.end is None else [self.end]
+        room = self.sequence - len(suffix) - len(ending if self.seq2seq else answer)
         if room < 1:
             raise DataError(
                 f"template: {len(suffix)} tokens after {{text}} leave no room in {self.sequence}"
@@ -219,6 +227,8 @@ class Prompter:
         prompt = encode(self.tokenizer, before + row.text)[:room] + suffix
         if not prompt:
             raise DataError("a row without text under a template without words has nothing to ask")
+        if self.seq2seq:
+            return [*prompt, *ending], [], list(answer)
         places = [len(prompt) - 1 + k for k in range(len(answer))]
         return [*prompt, *answer], places, list(answer)
 
@@ -226,6 +236,8 @@ class Prompter:
         self, row: Row, rng: np.random.Generator | None
     ) -> tuple[list[int], list[int], list[int]]:
         tokens = encode(self.tokenizer, row.text)
+        if self.seq2seq:
+            return self._continued(tokens, rng)
         extra = max(0, len(tokens) - self.sequence)
         start = int(rng.integers(0, extra + 1)) if rng is not None else 0
         tokens = tokens[start : start + self.sequence]
@@ -238,6 +250,18 @@ class Prompter:
         else:
             places = sorted(int(p) for p in rng.choice(last, count, replace=False))
         return tokens, places, [tokens[p + 1] for p in places]
+
+    def _continued(
+        self, tokens: list[int], rng: np.random.Generator | None
+    ) -> tuple[list[int], list[int], list[int]]:
+        """A piece of the text for the encoder, and the K tokens that follow it for the decoder."""
+        ending = [] if self.end is None else [self.end]
+        if len(tokens) < 2:
+            return [*tokens, *ending], [], []
+        room = self.sequence - len(ending)
+        last = min(room, len(tokens) - 1)
+        cut = last if rng is None else int(rng.integers(1, len(tokens)))
+        return [*tokens[max(0, cut - room) : cut], *ending], [], tokens[cut : cut + self.answers]
 
     def assemble(self, rows: Sequence[Row], rng: np.random.Generator | None) -> Batch:
         """At most B rows as one batch; rows that are not there are empty and weigh nothing."""
@@ -259,10 +283,21 @@ class Prompter:
         return Batch(tokens, valid, positions, targets, weights, labels)
 
 
-def prompter(tokenizer: Tokenizer, task: Task, batch: int, sequence: int, answers: int) -> Prompter:
-    """The prompter of a task; raises DataError when its labels cannot be told apart."""
+def prompter(
+    tokenizer: Tokenizer,
+    task: Task,
+    batch: int,
+    sequence: int,
+    answers: int,
+    base: BaseIndex | None = None,
+) -> Prompter:
+    """The prompter of a task, for a causal base unless given; raises DataError when labels cannot be told apart."""
     verbaliser = verbalise(task.labels, tokenizer, answers) if task.labels else None
-    return Prompter(tokenizer, task, batch, sequence, answers, verbaliser)
+    if base is None or base.architecture != "seq2seq":
+        return Prompter(tokenizer, task, batch, sequence, answers, verbaliser)
+    end = base.config.get("eos_token_id")
+    end = end if isinstance(end, int) else None
+    return Prompter(tokenizer, task, batch, sequence, answers, verbaliser, True, end)
 
 
 def evaluation_batches(prompts: Prompter, rows: Sequence[Row]) -> Iterator[Batch]:

@@ -126,6 +126,7 @@ def prepare(device: Device, welcome: messages.Welcome) -> tuple[Artifact, data.P
         shape.batch,
         shape.sequence,
         shape.answers,
+        base,
     )
     # The tokenizer remembers the words it has met. It meets them now: they belong to the process, not to a lease.
     for row in device.rows[:WARM_ROWS]:
