@@ -319,8 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         experts = _read_experts(args.experts)
         checkpoint = Checkpoint(locate(args.checkpoint))
         family = families.of(checkpoint.config, str(checkpoint.path))
+        config = families.complete(checkpoint.config, str(checkpoint.path))
         # Once for all profiles: their artifacts share the blobs.
-        with _bar(console, "base", len(family.moe_layers(checkpoint.config)) + 1) as advance:
+        with _bar(console, "base", len(family.moe_layers(config)) + 1) as advance:
             base = slice_base(
                 checkpoint, family, BlobStore(args.out), advance, _formats(args.formats)
             )

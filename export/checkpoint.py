@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Checkpoint:
         else:
             raise CheckpointError(f"{path}: no model.safetensors and no index of shards")
         self._where: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}  # of renamed tensors: the name in the shard
         for file in files:
             if Path(file).name != file:
                 raise CheckpointError(f"{index}: shard {file!r} is not a plain file name")
@@ -67,6 +69,14 @@ class Checkpoint:
             raise CheckpointError(f"{file}: shard is missing") from error
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from error
+
+    def rename(self, aliases: Sequence[tuple[str, str]]) -> None:
+        """Also find tensors by the names a model has for them: (part of the model's name, the same part here)."""
+        for ours, theirs in aliases:
+            for name in list(self._where):
+                other = name.replace(theirs, ours)
+                if other != name and other not in self._where:
+                    self._where[other], self._stored[other] = self._where[name], name
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -86,8 +96,8 @@ class Checkpoint:
         if name not in self._where:
             raise CheckpointError(f"{self.path}: tensor '{name}' is missing")
         try:
-            shard = self._where[name]
-            value = shard.get_tensor(name) if index is None else shard.get_slice(name)[index]
+            shard, stored = self._where[name], self._stored.get(name, name)
+            value = shard.get_tensor(stored) if index is None else shard.get_slice(stored)[index]
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: tensor '{name}' is unreadable: {error}") from error
         value = value.float()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export import families
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint, CheckpointError
 from export.families.family import Family
@@ -131,10 +132,14 @@ def _dense(
         routers = {"router": family.router} | {
             f"router.{name}": path for name, path in family.router_extra.items()
         }
-        for name, path in routers.items():
-            value = checkpoint.tensor(path.format(layer=layer)).numpy()
-            for parts in named.values():
-                parts[f"layers.{layer}.{name}"] = value
+        values = {
+            name: checkpoint.tensor(path.format(layer=layer)).numpy()
+            for name, path in routers.items()
+        }
+        made = family.router_made(base.config)
+        values |= {f"router.{name}": value.numpy() for name, value in made.items()}
+        for parts in named.values():
+            parts |= {f"layers.{layer}.{name}": value for name, value in values.items()}
     return {format: store.put(tensors.encode(parts)) for format, parts in named.items()}
 
 
@@ -159,7 +164,8 @@ def slice_base(
     CheckpointError
         A tensor is missing or of the wrong shape, or a width is no multiple of the group.
     """
-    config = checkpoint.config
+    config = families.complete(checkpoint.config, str(checkpoint.path))
+    checkpoint.rename(family.aliases)
     layers, experts = family.moe_layers(config), family.num_experts(config)
     base = BaseIndex(
         protocol=PROTOCOL_VERSION,

@@ -68,6 +68,7 @@ def family(config: Config) -> Family:
         route=softmax_top_k(lambda config: int(config[TOP_K]), lambda config: True),
         # The frozen block itself is what every token gets.
         shared=lambda block, hidden: block(hidden),
+        activation=lambda config: "silu",
         projections=("adapter",),
         fresh_router=fresh_router,
         peft=None,

@@ -68,7 +68,7 @@ def test_what_is_neither_directory_nor_hub_id(tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "llama"}, "not a Mixture-of-Experts model"),
+        ({"model_type": "bert"}, "not a Mixture-of-Experts model"),
         ({"model_type": "olmo3", "num_experts": 8}, "did you mean 'olmoe'"),
         ({"model_type": "dbrx", "num_local_experts": 8}, "not supported yet"),
     ],
