@@ -91,7 +91,7 @@ def read_version(folder: Path, version: int) -> dict[str, NDArray[np.float32]]:
 def rank(folder: Path, version: int) -> int:
     """Rank of a version: the rows of its A factors."""
     adapter = read_version(folder, version)
-    return max(a.shape[0] for name, a in adapter.items() if name.endswith(".lora_A"))
+    return max(int(a.shape[0]) for name, a in adapter.items() if name.endswith(".lora_A"))
 
 
 def ranks(

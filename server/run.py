@@ -1,14 +1,13 @@
 """One run: messages and ticks go into `rounds.step`, its commands are carried out here.
 
 Three tasks: `listen` (messages from the broker), `tick` (time, overdue receipts), `work` (everything slow, one at a
-time, off the event loop: leases, checking updates, aggregation). State changes happen on the event loop only.
+time, off the event loop: `turns` of rounds, checking updates). State changes happen on the event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import json
 import logging
 import time
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any
 
 from protocol import messages, topics
 from protocol.chunks import ChunkError
-from protocol.manifest import ManifestError, Shape
 from protocol.messages import (
     Message,
     MessageError,
@@ -27,19 +25,19 @@ from protocol.messages import (
     RunOver,
     Status,
 )
-from server import adapters, closing, leases, rounds, views
+from server import rounds, views
 from server.artifacts import Artifacts
 from server.config import Config
 from server.delivery import Delivery
 from server.mqtt import Incoming, Link
 from server.rounds import CloseRound, OpenRound, SendLease, SendOver
-from server.store import Device, StateError, Store
+from server.store import Device, Store
+from server.turns import Turns
 from server.uploads import Upload, UploadError
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 SEEN_SECONDS = 5.0  # how precisely last_seen is kept
-KEEP_ROUNDS = 2  # adapter slices of older rounds are removed
 Job = OpenRound | CloseRound | Upload
 
 
@@ -55,14 +53,11 @@ class Run:
     def __init__(self, config: Config, artifacts: Artifacts, store: Store, link: Link) -> None:
         self.config, self.artifacts, self.store = config, artifacts, store
         self.blobs = config.state / "blobs"
-        self._adapters = config.state / "adapters"
         self._link = link
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._malformed: collections.deque[dict[str, str]] = collections.deque(maxlen=50)
         self._seen: dict[str, float] = {}
         self.over = asyncio.Event()
-        self._check_rank()
-        self.state = self._restore()
         self._delivery = Delivery(
             state=config.state,
             budget_bytes=config.upload_budget,
@@ -73,21 +68,14 @@ class Run:
             whole=self._jobs.put_nowait,
             settled=self._settled,
         )
+        self._turns = Turns(config, artifacts, store, self._delivery, self.blobs)
+        self.state = self._restore()
         link.on_connected = self._announce
 
     @property
     def version(self) -> int:
         """Current version of the adapter."""
         return self.store.number("version")
-
-    def _check_rank(self) -> None:
-        if self.store.get("version") is None:
-            return
-        found, wanted = adapters.rank(self._adapters, self.version), self.artifacts.rank
-        if found < wanted:
-            raise StateError(
-                f"{self.config.state}: adapter of rank {found}, the store has slots of rank {wanted}"
-            )
 
     def _restore(self) -> rounds.State:
         """The state machine as the database has it; an open round gets a fresh deadline of full length."""
@@ -121,8 +109,7 @@ class Run:
     async def main(self) -> None:
         """Run until cancelled; ends early only when one of the tasks fails."""
         if self.store.get("version") is None:
-            await asyncio.to_thread(self._write_first_version)
-            self.store.put(version=0)
+            await self._turns.write_first_version()
         tasks = [
             asyncio.create_task(self._listen(), name="listen"),
             asyncio.create_task(self._tick(), name="tick"),
@@ -246,135 +233,15 @@ class Run:
             job = await self._jobs.get()
             match job:
                 case OpenRound():
-                    await self._open_round(job)
+                    made = await self._turns.open(job)
+                    self._step(rounds.Opened(devices=frozenset(made), now=time.monotonic()))
+                    self._announce()
                 case CloseRound():
-                    await self._close_round(job)
+                    await self._turns.close(job)
+                    self._step(rounds.Closed(now=time.monotonic()))
+                    self._announce()
                 case Upload():
                     await self._delivery.finish(job)
-
-    def _shapes(self, devices: list[str]) -> dict[str, Shape]:
-        known, shapes = self.store.devices(), {}
-        for name in devices:
-            try:
-                shapes[name] = self.artifacts.manifest(known[name].profile).shape
-            except ManifestError as error:
-                log.warning("device=%s has no artifact: %s", name, error)
-        return shapes
-
-    async def _open_round(self, command: OpenRound) -> None:
-        c, base = self.config, self.artifacts.base
-        terms = leases.Terms(
-            run=self.store.run,
-            steps=c.steps,
-            learning_rate=c.learning_rate,
-            router_learning_rate=c.router_learning_rate,
-            deadline=c.deadline,
-            seed=c.seed,
-            exploration=c.exploration,
-            coverage=c.coverage,
-        )
-        shapes = self._shapes(list(command.devices))
-        values, counts = self.store.values(), self.store.trained_counts()
-        former = self.store.last_leases()
-        chosen = await asyncio.to_thread(
-            leases.select, command, shapes, values, counts, former, base, terms
-        )
-        made = await asyncio.to_thread(
-            leases.write_leases,
-            command,
-            chosen,
-            shapes,
-            base=base,
-            terms=terms,
-            version=self.version,
-            adapter_folder=self._adapters,
-            blob_folder=self.blobs,
-        )
-        self.store.open_round(command.round, made.items())
-        log.info("round=%d %s opened: %d devices", command.round, command.work, len(made))
-        self._step(rounds.Opened(devices=frozenset(made), now=time.monotonic()))
-        self._announce()
-
-    async def _close_round(self, command: CloseRound) -> None:
-        rows, version = self.store.leases(command.round), self.version
-        accepted = {d: r for d, r in rows.items() if r.state == "accepted"}
-        folded = await asyncio.to_thread(
-            closing.fold,
-            {
-                d: closing.Reported(
-                    path=self._delivery.path(r.lease.lease), tokens=r.facts.tokens if r.facts else 0
-                )
-                for d, r in accepted.items()
-            },
-            base=self.artifacts.base,
-            values=self.store.values(),
-            trained_counts=self.store.trained_counts(),
-            adapter=adapters.read_version(self._adapters, version),
-            beta=self.config.beta,
-            rule=self.config.aggregate,
-            prior=self.config.prior,
-        )
-        if folded.aggregated is not None:
-            version += 1
-            await asyncio.to_thread(
-                closing.write_version,
-                self._adapters,
-                version,
-                folded.aggregated.adapter,
-                self.artifacts,
-                self.config.base_name,
-            )
-        line = views.history_line(
-            round=command.round,
-            work=command.work,
-            version=version,
-            seconds=time.time() - float(self.store.get("opened") or time.time()),
-            closed_by=command.by,
-            leases=rows,
-            devices=self.store.devices(),
-            rejected=self.store.rejections(command.round),
-            aggregated=folded.aggregated,
-            base=self.artifacts.base,
-        )
-        self.store.close_round(
-            command.round,
-            version,
-            json.dumps(line),
-            folded.values,
-            folded.trained_counts,
-            over=command.work == "evaluate",
-        )
-        self._tidy(command.round)
-        log.info(
-            "round=%d %s closed by %s: %d of %d devices, version %d, %.1f s",
-            command.round,
-            command.work,
-            command.by,
-            len(accepted),
-            len(rows),
-            version,
-            line["seconds"],
-        )
-        self._step(rounds.Closed(now=time.monotonic()))
-        self._announce()
-
-    def _write_first_version(self) -> None:
-        adapter = adapters.fresh(self.artifacts.base, self.artifacts.rank)
-        closing.write_version(self._adapters, 0, adapter, self.artifacts, self.config.base_name)
-
-    def _tidy(self, round: int) -> None:
-        """Write history.jsonl anew; remove what no later round can need."""
-        text = "".join(f"{line}\n" for line in self.store.history())
-        adapters.write_atomically(self.config.state / "history.jsonl", text.encode())
-        self._delivery.end_round(list(self.store.leases(round).values()))
-        kept = {
-            row.lease.adapter.sha256
-            for recent in range(max(0, round - KEEP_ROUNDS + 1), round + 1)
-            for row in self.store.leases(recent).values()
-        }
-        for path in self.blobs.glob("*"):
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
         """GET /v1/run."""
@@ -384,7 +251,7 @@ class Run:
             version=self.version,
             state=self.state,
             devices=devices,
-            shapes=self._shapes(list(devices)),
+            shapes=self._turns.shapes(list(devices)),
             leases=self.store.leases(self.state.round),
             accepted=self.store.accepted(),
             uploading=self._delivery.devices(),
