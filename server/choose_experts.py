@@ -183,38 +183,34 @@ def _balance(
 
     It ends: the expert that loses a holder has at least two more than the other, so the sum of their squares falls.
     """
-    while (move := _next_move(devices, worth, own, shared, holders)) is not None:
-        device, common, rare = move
-        shared[device][shared[device].index(common)] = rare
-        holders[common] -= 1
-        holders[rare] += 1
+    moved = True
+    while moved:
+        moved = False
+        moves = {d: _best_move(worth[d], own[d], shared[d], holders) for d in devices}
+        # The largest unevenness first; of equal ones where it costs a device the least value.
+        for d in sorted(devices, key=lambda d: moves[d][0], reverse=True):
+            # What others have done in this pass may have settled it.
+            (gain, _), common, rare = _best_move(worth[d], own[d], shared[d], holders)
+            if gain >= 2:
+                shared[d][shared[d].index(common)] = rare
+                holders[common] -= 1
+                holders[rare] += 1
+                moved = True
 
 
-def _next_move(
-    devices: Sequence[str],
-    worth: Mapping[str, Floats],
-    own: Mapping[str, list[int]],
-    shared: Mapping[str, list[int]],
-    holders: NDArray[np.int64],
-) -> tuple[str, int, int] | None:
-    """(device, its expert with the most holders, the one with the fewest that it lacks), or None when all is even.
+def _best_move(
+    worth: Floats, own: Sequence[int], shared: Sequence[int], holders: NDArray[np.int64]
+) -> tuple[tuple[int, float], int, int]:
+    """One device's expert with the most holders, and the one with the fewest that it lacks.
 
-    Of equally good moves the one that costs the device the least value.
+    Returns
+    -------
+    (difference of holders, gain in worth), the first expert, the second; a difference of 0 where there is no move
     """
-    best: tuple[tuple[int, float], tuple[str, int, int]] | None = None
-    for d in devices:
-        if not shared[d]:
-            continue
-        there = np.array(shared[d])
-        common = int(there[np.lexsort((worth[d][there], -holders[there]))[0]])
-        absent = np.ones(len(holders), bool)
-        absent[own[d] + shared[d]] = False
-        if not absent.any():
-            continue
-        others = np.flatnonzero(absent)
-        rare = int(others[np.lexsort((-worth[d][others], holders[others]))[0]])
-        gain = int(holders[common] - holders[rare])
-        rank = (gain, float(worth[d][rare] - worth[d][common]))
-        if gain >= 2 and (best is None or rank > best[0]):
-            best = rank, (d, common, rare)
-    return None if best is None else best[1]
+    others = np.setdiff1d(np.arange(len(holders)), [*own, *shared])
+    if not shared or not len(others):
+        return (0, 0.0), -1, -1
+    there = np.array(shared)
+    common = int(there[np.lexsort((worth[there], -holders[there]))[0]])
+    rare = int(others[np.lexsort((-worth[others], holders[others]))[0]])
+    return (int(holders[common] - holders[rare]), float(worth[rare] - worth[common])), common, rare
