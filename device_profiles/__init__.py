@@ -35,10 +35,13 @@ class DeviceProfile:
     memory_mb: int  # RAM of the device
     budget_mb: int  # what a training program may use beyond the process's size before it is opened
     flash_mb: int
+    flash_budget_mb: int  # what an artifact and its updates may take of it
     gflops: float  # fp32, all CPU cores, sustained
     memory_gb_s: float  # peak of the memory bus
     downlink_mbit: float
     uplink_mbit: float
+    uplink_mb: float  # what the device may send in a round
+    deadline_s: float  # what training and upload of a round may take
     backend: Backend
     rank: int  # of LoRA
     sequence: int  # tokens per row
@@ -50,20 +53,24 @@ class DeviceProfile:
             "memory_mb",
             "budget_mb",
             "flash_mb",
+            "flash_budget_mb",
             "gflops",
             "memory_gb_s",
             "downlink_mbit",
             "uplink_mbit",
+            "uplink_mb",
+            "deadline_s",
             "rank",
             "sequence",
             "batch",
         ):
             if getattr(self, field) <= 0:
                 raise ProfileError(f"{field} {getattr(self, field)} found, more than 0 wanted")
-        if self.budget_mb > self.memory_mb:
-            raise ProfileError(
-                f"budget_mb {self.budget_mb} found, at most memory_mb {self.memory_mb} wanted"
-            )
+        for part, whole in (("budget_mb", "memory_mb"), ("flash_budget_mb", "flash_mb")):
+            if getattr(self, part) > getattr(self, whole):
+                raise ProfileError(
+                    f"{part} {getattr(self, part)} found, at most {whole} {getattr(self, whole)} wanted"
+                )
 
     @property
     def budget_bytes(self) -> int:

@@ -10,50 +10,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import device_profiles
 from device_profiles import DeviceProfile, ProfileError
-from export import families, plan
+from export import costs, experts_file, explain, families, plan
 from export.blob_store import BlobStore, write_atomically
 from export.checkpoint import Checkpoint, CheckpointError, locate
+from export.experts_file import ExpertsError
 from export.families import FamilyError
-from export.programs import lower_programs
+from export.families.family import Family
+from export.items import Values
+from export.plan import Choices, Plan
+from export.programs import Programs, lower_programs
 from export.slice_base import FORMATS, slice_base
 from protocol import PROTOCOL_VERSION, manifest, packing
-from protocol.manifest import BaseIndex, Manifest, ManifestError, Shape
+from protocol.manifest import BaseIndex, Manifest, ManifestError, MemoryPlan
 from reference_base import MODEL_DIR
 
 log = logging.getLogger(__name__)
 Advance = Callable[[str], None]
-
-
-class ExpertsError(ValueError):
-    """A file of expert statistics or of a selection that does not fit the base."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What the command line may overrule of a profile; None leaves it."""
-
-    rank: int | None = None
-    sequence: int | None = None
-    batch: int | None = None
-    answers: int = 4
-    scale_budget: float = 1.0
 
 
 def build(
@@ -61,16 +45,10 @@ def build(
     profile: DeviceProfile,
     out: Path,
     choices: Choices,
-    experts: dict[str, Any] | None,
+    values: Values,
     advance: Advance,
-) -> Manifest:
+) -> tuple[Manifest, Plan]:
     """Choose and lower the sub-MoE of a sliced base that fits `profile`; write it to `out`.
-
-    Parameters
-    ----------
-    experts : dict or None
-        {"layers": {"0": [3, 7]}} selects experts, {"mass": [[...]]} gives routing mass [L, E] to choose by;
-        None chooses by the base's own routing prior.
 
     Raises
     ------
@@ -78,40 +56,60 @@ def build(
     """
     family, store = families.of(base.config, str(out)), BlobStore(out)
     _same_base(out, base)
-    budget = int(profile.budget_bytes * choices.scale_budget)
-    shape, chosen = _shape(base, profile, choices, experts, budget)
-    while True:
-        programs = lower_programs(base, family, shape, store, advance)
-        memory = plan.memory(programs.train, programs.evaluate, shape, base.vocabulary, budget)
-        if memory.predicted <= budget:
-            break
-        chooses = experts is None or "mass" in experts
-        smaller = (
-            plan.next_lower(_mass(base, experts), base.top_k, shape.slots) if chooses else None
-        )
-        if smaller is None:
-            raise plan.DoesNotFit(
-                f"{profile.name}: {sum(shape.slots)} experts need {memory.predicted / 2**20:.1f} MB, "
-                f"the budget is {budget / 2**20:.1f} MB (try a smaller --batch, --sequence or --rank)"
-            )
-        shape = replace(shape, slots=smaller)
-        chosen = plan.choose_experts(_mass(base, experts), smaller)
+    _check_length(base, profile, choices)
+    chosen, programs, memory = _lowered(base, family, profile, choices, values, store, advance)
     artifact = Manifest(
         protocol=PROTOCOL_VERSION,
         base=base.base,
         profile=profile.name,
-        shape=shape,
+        shape=chosen.shape,
         train=programs.train,
         evaluate=programs.evaluate,
-        dense=base.dense,
+        dense=base.dense[chosen.shape.dense],
         tokenizer=base.tokenizer,
         memory=memory,
-        experts={str(layer): ids for layer, ids in zip(base.moe_layers, chosen, strict=True)},
+        experts={
+            str(layer): ids for layer, ids in zip(base.moe_layers, chosen.experts, strict=True)
+        },
     )
     write_atomically(out / "base.json", manifest.to_json(base))
     # The manifest comes last: no manifest, no artifact.
     write_atomically(out / profile.name / "manifest.json", manifest.to_json(artifact))
-    return artifact
+    return artifact, chosen
+
+
+def _lowered(
+    base: BaseIndex,
+    family: Family,
+    profile: DeviceProfile,
+    choices: Choices,
+    values: Values,
+    store: BlobStore,
+    advance: Advance,
+) -> tuple[Plan, Programs, MemoryPlan]:
+    """The most valuable plan whose lowered programs fit. What the estimate missed is reserved in the next try."""
+    dense, reserve = costs.dense_of(base), 0
+    while True:
+        chosen = plan.choose(base, dense, profile, choices, values, reserve)
+        programs = lower_programs(base, family, chosen.shape, store, advance)
+        budget = chosen.budget.memory
+        memory = costs.memory(
+            programs.train, programs.evaluate, chosen.shape, base.vocabulary, budget
+        )
+        if memory.predicted <= budget:
+            break
+        reserve += max(memory.predicted - chosen.memory.predicted, 1 << 20)
+    flash = sum(
+        (
+            chosen.flash | {"programs": programs.train.blob.bytes + programs.evaluate.blob.bytes}
+        ).values()
+    )
+    if flash > chosen.budget.limits[1]:
+        raise plan.DoesNotFit(
+            f"{profile.name}: {flash / 2**20:.1f} MB of flash needed, "
+            f"the budget is {chosen.budget.limits[1] / 2**20:.1f} MB"
+        )
+    return chosen, programs, memory
 
 
 def _same_base(out: Path, base: BaseIndex) -> None:
@@ -120,108 +118,33 @@ def _same_base(out: Path, base: BaseIndex) -> None:
         raise ManifestError(f"{out}: holds the slices of another base, choose a new --out")
 
 
-def _mass(base: BaseIndex, experts: dict[str, Any] | None) -> NDArray[np.float64]:
-    """Routing mass [L, E], rows sum to 1: measured where given, else the base's prior."""
-    if experts is None:
-        return np.asarray(base.routing_prior, dtype=np.float64)
-    mass = np.asarray(experts["mass"], dtype=np.float64)
-    if mass.shape != (len(base.moe_layers), base.num_experts) or not (mass >= 0).all():
-        raise ExpertsError(
-            f"experts: mass of shape {list(mass.shape)} found, "
-            f"[{len(base.moe_layers)}, {base.num_experts}] of numbers >= 0 wanted"
-        )
-    return mass / np.maximum(mass.sum(1, keepdims=True), 1e-12)
+def _check_length(base: BaseIndex, profile: DeviceProfile, choices: Choices) -> None:
+    sequence = choices.sequence or profile.sequence
+    longest = int(base.config.get("max_position_embeddings", sequence))
+    if sequence > longest:
+        raise ExpertsError(f"--sequence {sequence}: the base reads at most {longest} tokens")
+    if not 1 <= choices.answers < sequence:
+        raise ExpertsError(f"--answers {choices.answers}: 1 to {sequence - 1} wanted")
 
 
-def _shape(
-    base: BaseIndex,
-    profile: DeviceProfile,
-    choices: Choices,
-    experts: dict[str, Any] | None,
-    budget: int,
-) -> tuple[Shape, list[tuple[int, ...]]]:
-    """The shape within `budget` and the experts that fill it."""
-    shape = Shape(
-        batch=choices.batch or profile.batch,
-        sequence=choices.sequence or profile.sequence,
-        answers=choices.answers,
-        rank=choices.rank or profile.rank,
-        group=base.group,
-        slots=(base.top_k,) * len(base.moe_layers),
-    )
-    longest = int(base.config.get("max_position_embeddings", shape.sequence))
-    if shape.sequence > longest:
-        raise ExpertsError(f"--sequence {shape.sequence}: the base reads at most {longest} tokens")
-    if not 1 <= shape.answers < shape.sequence:
-        raise ExpertsError(f"--answers {shape.answers}: 1 to {shape.sequence - 1} wanted")
-    if experts is not None and "layers" in experts:
-        chosen = _selection(base, experts["layers"])
-        return replace(shape, slots=tuple(len(ids) for ids in chosen)), chosen
-    mass = _mass(base, experts)
-    try:
-        slots = plan.choose_slots(
-            mass, base.top_k, lambda s: plan.estimate(base, replace(shape, slots=s)) <= budget
-        )
-    except plan.DoesNotFit as error:
-        need = plan.estimate(base, shape) / 2**20
-        raise plan.DoesNotFit(
-            f"{profile.name}: {error}: about {need:.1f} MB needed, the budget is "
-            f"{budget / 2**20:.1f} MB (try a smaller --batch, --sequence or --rank)"
-        ) from error
-    return replace(shape, slots=slots), plan.choose_experts(mass, slots)
-
-
-def _selection(base: BaseIndex, layers: dict[str, Any]) -> list[tuple[int, ...]]:
-    """An explicit selection, checked."""
-    wanted = [str(layer) for layer in base.moe_layers]
-    if sorted(layers) != sorted(wanted):
-        raise ExpertsError(f"experts: layers {', '.join(layers)} found, {', '.join(wanted)} wanted")
-    chosen = []
-    for layer in wanted:
-        ids = layers[layer]
-        good = isinstance(ids, list) and all(
-            isinstance(e, int) and 0 <= e < base.num_experts for e in ids
-        )
-        if not good or len(set(ids)) != len(ids) or len(ids) < base.top_k:
-            raise ExpertsError(
-                f"experts: layer {layer}: at least {base.top_k} different ids "
-                f"from 0 to {base.num_experts - 1} wanted"
-            )
-        chosen.append(tuple(sorted(ids)))
-    return chosen
-
-
-def _read_experts(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ExpertsError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ExpertsError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict) or not ({"layers", "mass"} & set(value)):
-        raise ExpertsError(f'{path}: a table with "layers" or "mass" wanted')
-    return value
-
-
-def _summary(console: Console, base: BaseIndex, artifact: Manifest) -> None:
+def _summary(console: Console, base: BaseIndex, artifact: Manifest, chosen: Plan) -> None:
     """What was kept, what it weighs and whether it fits."""
     memory, shape = artifact.memory, artifact.shape
-    table = Table(title=f"{artifact.profile}: {sum(shape.slots)} experts", title_justify="left")
+    kept = sum(map(len, shape.slots))
+    table = Table(title=f"{artifact.profile}: {kept} experts", title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("experts", justify="right")
+    table.add_column("slots")
     table.add_column("kept")
-    weight = 0
-    for position, layer in enumerate(base.moe_layers):
+    for layer, slots in zip(base.moe_layers, shape.slots, strict=True):
         ids = artifact.experts[str(layer)]
-        weight += sum(base.experts[position][e].bytes for e in ids)
-        kept = " ".join(map(str, ids))
-        table.add_row(str(layer), f"{len(ids)} of {base.num_experts}", kept)
+        counts = f"{len(ids)} of {base.num_experts}"
+        table.add_row(str(layer), counts, explain.describe(slots), " ".join(map(str, ids)))
     console.print(table)
-    mb = 2**20
+    mb, flash = 2**20, chosen.flash
     console.print(
-        f"download: experts {weight / mb:.1f} MB, dense {base.dense.bytes / mb:.1f} MB, programs "
+        f"{shape.batch} x {shape.sequence} tokens; download: experts {flash['experts'] / mb:.1f} MB, "
+        f"dense {shape.dense} {artifact.dense.bytes / mb:.1f} MB, programs "
         f"{(artifact.train.blob.bytes + artifact.evaluate.blob.bytes) / mb:.1f} MB"
     )
     console.print(
@@ -255,6 +178,24 @@ def _parser() -> argparse.ArgumentParser:
         help="formats that experts and dense are stored in, of int4,nf4,int8 (default: %(default)s)",
     )
     parser.add_argument("--experts", type=Path, help="JSON with routing mass or a selection")
+    parser.add_argument(
+        "--theta",
+        type=float,
+        default=Choices.theta,
+        help="share of the routing that the kept experts of each layer carry, if it fits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=Choices.steps, help="of a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--deadline", type=float, help="seconds that a round may take (default: the profile's)"
+    )
+    parser.add_argument(
+        "--uplink-mb", type=float, help="MB that a round may send (default: the profile's)"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="print where every byte and second goes"
+    )
     parser.add_argument("--rank", type=int, help="LoRA rank (default: the profile's)")
     parser.add_argument("--sequence", type=int, help="tokens per row (default: the profile's)")
     parser.add_argument("--batch", type=int, help="rows per step (default: the profile's)")
@@ -310,13 +251,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     console = Console(stderr=True)
     try:
-        for name in ("rank", "sequence", "batch", "answers"):
+        for name in ("rank", "sequence", "batch", "answers", "steps", "deadline", "uplink_mb"):
             value = getattr(args, name)
             if value is not None and not 0 < value < 1e6:
-                raise ExpertsError(f"--{name} {value}: a positive number wanted")
+                flag = name.replace("_", "-")
+                raise ExpertsError(f"--{flag} {value}: a positive number wanted")
+        if not 0 <= args.theta <= 1:
+            raise ExpertsError(f"--theta {args.theta}: 0 to 1 wanted")
         profiles = [device_profiles.load(name) for name in args.profile]
         scales = _scales(args.scale_budget, len(profiles))
-        experts = _read_experts(args.experts)
+        experts = experts_file.read(args.experts)
         checkpoint = Checkpoint(locate(args.checkpoint))
         family = families.of(checkpoint.config, str(checkpoint.path))
         config = families.complete(checkpoint.config, str(checkpoint.path))
@@ -331,11 +275,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sequence=args.sequence,
                 batch=args.batch,
                 answers=args.answers,
+                theta=args.theta,
+                steps=args.steps,
+                deadline=args.deadline,
+                uplink_mb=args.uplink_mb,
                 scale_budget=scale,
             )
+            values = experts_file.values(base, experts)
             with _bar(console, profile.name, 2) as advance:
-                artifact = build(base, profile, args.out, choices, experts, advance)
-            _summary(console, base, artifact)
+                artifact, chosen = build(base, profile, args.out, choices, values, advance)
+            _summary(console, base, artifact, chosen)
+            if args.explain:
+                rank = choices.rank or profile.rank
+                for table in explain.tables(base, artifact, chosen, values, rank):
+                    console.print(table)
             print(args.out / profile.name, flush=True)
     except (
         CheckpointError,

@@ -1,136 +1,319 @@
-"""How many experts a device has room for: slots per layer under a memory budget (pure).
+"""What a device keeps: the shape that is worth most within its budgets, and the experts that fill it (pure).
 
-Letters: L MoE layers, E experts, P slots of a layer, T = batch * sequence tokens, d hidden, f intermediate, R rank.
+Every expert of every layer is absent or in a state: a format, and a rank of 0, R / 2 or R. `items` says what these
+are worth and cost, `knapsack` chooses under four caps: peak memory, flash, seconds and uplink bytes of a round. The
+floor: in every layer the kept experts carry a share theta of the routing (FedMoE, arXiv 2408.11304), but theta gives
+way before nothing fits; at least top-k experts of a layer are kept and one of them is trained. Dense matrices are
+int8 where the floor holds with that, else int4. The batch shrinks (see `catalogue`) where that saves the floor; batch
+and then sequence, before giving up.
 
-The peak is taken over the process's size just before the program is opened. Inputs, parameters and optimizer state are
-counted exactly from the shape; the arena is estimated while slots are chosen and is exact once the program is lowered.
+Caps that do not bind play no part: a plan is made for memory alone first. So it depends on nothing but the base, the
+values and the rounded room, and devices with nearly the same budgets get the same shape.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from export.routed_experts import blocks_needed
-from export.train_graph import BLOCK_ROWS
-from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, TensorSpec
+from device_profiles import DeviceProfile
+from export import catalogue, costs, items, knapsack
+from export.costs import Dense
+from export.items import CAPS, Bools, Floats, Ints, Rates, Values
+from protocol.manifest import BaseIndex, MemoryPlan, Shape
 
-STEPS = 20
-# What the runtime and the allocator take beside the counted terms, measured in the demo's devices.
-RUNTIME_BYTES = 11 << 20
+MB = 2**20
 
 
 class DoesNotFit(ValueError):
-    """Not even the smallest sub-MoE fits the budget."""
+    """Not even the smallest sub-MoE fits the budgets."""
 
 
-def spec_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Bytes of a list of tensors."""
-    return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs)
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a build may overrule of a profile; None leaves it."""
+
+    rank: int | None = None
+    sequence: int | None = None
+    batch: int | None = None
+    answers: int = 4
+    theta: float = 0.6
+    steps: int = 20  # of a round
+    deadline: float | None = None  # seconds of a round
+    uplink_mb: float | None = None  # of a round
+    scale_budget: float = 1.0
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Sizes that the planner may not change."""
+        return frozenset(n for n in ("batch", "sequence") if getattr(self, n) is not None)
 
 
-def memory(
-    train: Program, evaluate: Program, shape: Shape, vocabulary: int, budget: int
-) -> MemoryPlan:
-    """Predicted peak of the heavier of the two programs; only one is open at a time."""
-    trained = spec_bytes(train.parameters)
-    largest = max(spec_bytes([p]) for p in train.parameters)
-    while_training = MemoryPlan(
-        budget=budget,
-        arena=train.arena_bytes,
-        inputs=spec_bytes(train.inputs),
-        # values live in the program's file, which is held in memory; gradients are in the arena
-        parameters=train.blob.bytes + trained,
-        optimizer=2 * trained + 3 * largest,  # AdamW's two moments and its temporaries
-        outputs=64 << 10,
-        runtime=RUNTIME_BYTES,
+@dataclass(frozen=True)
+class Budget:
+    """What a device allows."""
+
+    limits: Floats  # [C], as CAPS
+    rates: Rates
+
+    @property
+    def memory(self) -> int:
+        """Bytes of peak memory."""
+        return int(self.limits[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice, and where every byte and second of it goes."""
+
+    shape: Shape
+    experts: tuple[tuple[int, ...], ...]  # per layer, in slot order
+    theta: float  # the floor that was kept
+    bound: float  # the plan's worth, as a share of what no plan can exceed
+    memory: MemoryPlan
+    flash: dict[str, int]
+    uplink: int
+    seconds: dict[str, float]
+    budget: Budget
+
+    @property
+    def used(self) -> Floats:
+        """[C]."""
+        spent = (sum(self.flash.values()), sum(self.seconds.values()), self.uplink)
+        return np.array([self.memory.predicted, *spent], np.float64)
+
+
+def budget_of(profile: DeviceProfile, choices: Choices) -> Budget:
+    """The profile's budgets, overruled by this build's choices."""
+    uplink = profile.uplink_mb if choices.uplink_mb is None else choices.uplink_mb
+    seconds = profile.deadline_s if choices.deadline is None else choices.deadline
+    memory = int(profile.budget_bytes * choices.scale_budget)
+    rates = Rates(
+        choices.steps, profile.gflops * 1e9 * costs.EFFICIENCY, profile.uplink_mbit * 1e6 / 8
     )
-    answers = shape.batch * shape.answers * vocabulary * 4
-    while_evaluating = MemoryPlan(
-        budget=budget,
-        arena=evaluate.arena_bytes,
-        inputs=spec_bytes(evaluate.inputs),
-        parameters=evaluate.blob.bytes,
-        optimizer=0,
-        outputs=2 * answers,
-        runtime=RUNTIME_BYTES,
-    )
-    return max(while_training, while_evaluating, key=lambda plan: plan.predicted)
+    return Budget(np.array([memory, profile.flash_budget_mb * MB, seconds, uplink * MB]), rates)
 
 
-def estimate(base: BaseIndex, shape: Shape) -> int:
-    """Peak bytes while training, before anything is lowered; within a few percent of what lowering then says.
+@dataclass(frozen=True)
+class _Question:
+    """What is the same for all sizes."""
 
-    The arena's part: per layer what the backward pass needs of each seated row and of each token, plus one layer's
-    dequantised blocks. The coefficients were fitted to lowered programs (4 to 16 slots, 128 to 1024 tokens).
-    """
-    tokens = shape.batch * shape.sequence
-    d, f = base.hidden, base.intermediate
-    heads = int(base.config.get("num_attention_heads", 1))
-    layers, slots = len(shape.slots), sum(shape.slots)
-    blocks = [blocks_needed(base.top_k * tokens, p, BLOCK_ROWS) for p in shape.slots]
-    seated = sum(blocks) * BLOCK_ROWS * (2 * d + 2 * f)
-    attended = layers * tokens * (8 * d + heads * shape.sequence)
-    dequantised = max(blocks) * 2 * f * d * 1.2
-    adapter = slots * (shape.rank * (2 * d + 3 * f + d) + d)
-    packed = slots * 3 * d * f * (0.5 + 4 / shape.group)
-    floats = seated + attended + dequantised + 6 * adapter
-    return int(4 * floats + packed + 2 * base.dense.bytes + RUNTIME_BYTES)
+    base: BaseIndex
+    dense: Dense
+    values: Values
+    budget: Budget
+    rank: int
+    reserve: int
 
 
-def slots_for(threshold: float, prior: NDArray[np.float64], least: int) -> tuple[int, ...]:
-    """Per layer the fewest experts whose routing mass reaches `threshold` (FedMoE's theta, method.md 3.3).
+@dataclass(frozen=True)
+class _Size:
+    """A batch, a sequence and a dense format with which the floor `theta` fits."""
 
-    >>> slots_for(0.7, np.array([[0.6, 0.2, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]), 1)
-    (2, 3)
-    """
-    ordered = np.cumsum(-np.sort(-prior, axis=1), axis=1)
-    need = (ordered < threshold - 1e-9).sum(1) + 1
-    return tuple(int(n) for n in np.clip(need, least, prior.shape[1]))
+    empty: Shape
+    theta: float
+    fixed: Floats  # [C], without any expert
+    room: Floats  # [C], rounded
+    floor: Bools  # [L, E]
 
 
-def choose_slots(
-    prior: NDArray[np.float64], least: int, fits: Callable[[tuple[int, ...]], bool]
-) -> tuple[int, ...]:
-    """The slots of the highest threshold that fits.
-
-    Thresholds are steps of 1/20, so that devices of nearly the same budget share one program.
+def choose(
+    base: BaseIndex,
+    dense: Dense,
+    profile: DeviceProfile,
+    choices: Choices,
+    values: Values | None = None,
+    reserve: int = 0,
+) -> Plan:
+    """The most valuable sub-MoE within the budgets of `profile`.
 
     Parameters
     ----------
-    prior : [L, E], rows sum to 1
-    least : int
-        Fewest slots of a layer (the router's top-k).
-    fits : callable
-        Whether a vector of slots is within the budget; must be monotone.
+    base : BaseIndex
+        Only its sizes are used: an `outline.of(config)` will do.
+    values : Values or None
+        None chooses by the base's routing prior.
+    reserve : int
+        Bytes of memory that lowering has shown to be needed beyond the estimate.
 
     Raises
     ------
     DoesNotFit
     """
-    for step in range(STEPS, -1, -1):
-        slots = slots_for(step / STEPS, prior, least)
-        if fits(slots):
-            return slots
-    raise DoesNotFit(f"{least} experts in each of {len(prior)} layers do not fit")
+    values = items.prior(base) if values is None else values
+    question = _Question(
+        base, dense, values, budget_of(profile, choices), choices.rank or profile.rank, reserve
+    )
+    best: _Size | None = None
+    for empty in _sizes(base, profile, choices):
+        if best is not None and empty.sequence < best.empty.sequence:
+            break
+        try:
+            size = _with_floor(question, empty, choices.theta)
+        except DoesNotFit as error:
+            refused = error
+            continue
+        same = best is not None and best.empty.batch == empty.batch
+        if best is None or size.theta >= choices.theta or (same and size.theta > best.theta):
+            best = size
+        if best.theta >= choices.theta:
+            break
+    if best is None:
+        given = [n for n in ("batch", "sequence") if n in choices.fixed]
+        flags = ", ".join(f"--{n}" for n in (*given, "rank"))
+        raise DoesNotFit(f"{profile.name}: {refused} (try a smaller {flags})")
+    return _solve(question, best)
 
 
-def next_lower(
-    prior: NDArray[np.float64], least: int, slots: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """The catalogue's next smaller vector of slots; None below the smallest."""
-    try:
-        return choose_slots(prior, least, lambda s: sum(s) < sum(slots))
-    except DoesNotFit:
-        return None
+def _sizes(base: BaseIndex, profile: DeviceProfile, choices: Choices) -> Iterator[Shape]:
+    """Shapes without slots, in the order in which they are tried."""
+    asked = choices.batch or profile.batch, choices.sequence or profile.sequence
+    for batch, sequence in catalogue.sizes(*asked, fixed=choices.fixed):
+        if sequence <= choices.answers and sequence != asked[1]:
+            continue
+        for format in sorted(base.dense, key=lambda f: -items.WIDTH[f]):
+            yield Shape(
+                batch=batch, sequence=sequence, answers=choices.answers, dense=format, slots=()
+            )
 
 
-def choose_experts(mass: NDArray[np.float64], slots: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The experts with the most routing mass, as many per layer as there are slots; ascending ids."""
-    return [
-        tuple(sorted(int(e) for e in np.argsort(-row, kind="stable")[:n]))
-        for row, n in zip(mass, slots, strict=True)
-    ]
+def _with_floor(question: _Question, empty: Shape, wanted: float) -> _Size:
+    """The highest theta of the catalogue, up to the wanted one, that fits beside the fixed costs."""
+    base, budget = question.base, question.budget
+    fixed = _fixed(question, empty)
+    room = budget.limits - fixed
+    if (room < 0).any():
+        raise DoesNotFit(_refusal(question, empty, fixed))
+    rounded = np.array([catalogue.round_down(r) for r in room])
+    slots = items.states(base, question.rank)
+    for theta in catalogue.thetas(wanted):
+        floor = items.kept(question.values, theta, base.top_k)
+        cost = items.cost(base, question.values, floor, empty, slots, budget.rates)
+        may = items.allowed(question.values, floor, slots)
+        least = np.where(may[..., None], cost, np.inf).min(1).sum(0)
+        if (least <= rounded).all():
+            return _Size(empty, theta, fixed, rounded, floor)
+    # The smallest shape is the same for everyone: there nothing has to be rounded.
+    if (least <= room).all():
+        return _Size(empty, 0.0, fixed, room, floor)
+    raise DoesNotFit(_refusal(question, empty, fixed + least))
+
+
+def _fixed(question: _Question, empty: Shape) -> Floats:
+    """[C]: costs without any expert."""
+    base, budget = question.base, question.budget
+    memory = costs.estimate(base, question.dense, empty, budget.memory).predicted
+    work = costs.fixed_work(base, question.dense, empty)
+    return np.array(
+        [
+            memory + question.reserve,
+            sum(costs.flash(base, empty).values()),
+            budget.rates.steps * work.total / budget.rates.operations,
+            0.0,
+        ]
+    )
+
+
+def _refusal(question: _Question, empty: Shape, used: Floats) -> str:
+    limits = question.budget.limits
+    cap = int(np.argmax(used / np.maximum(limits, 1e-9)))
+    unit, name = (1.0, "s") if CAPS[cap] == "time" else (float(MB), "MB")
+    return (
+        f"{question.base.top_k} experts in each of {len(question.base.moe_layers)} layers do not fit at "
+        f"{empty.batch} x {empty.sequence} tokens: {CAPS[cap]}: about {used[cap] / unit:.1f} {name} "
+        f"needed, the budget is {limits[cap] / unit:.1f} {name}"
+    )
+
+
+def _solve(question: _Question, size: _Size) -> Plan:
+    """Plan for memory alone, then with every other cap that this would exceed."""
+    base, values, budget = question.base, question.values, question.budget
+    slots = items.states(base, question.rank)
+    cost = items.cost(base, values, size.floor, size.empty, slots, budget.rates)
+    may = items.allowed(values, size.floor, slots)
+    worth = items.worth(base, values, slots)
+    # Of equal experts every layer gets as many.
+    order = (values.places * len(size.floor) + np.arange(len(size.floor))[:, None]).ravel()
+    cheapest = np.argmin(np.where(may, cost[..., 0], np.inf), axis=1)
+    active, room = [0], size.room.copy()
+    while True:
+        try:
+            choice = knapsack.solve(worth, cost[..., active], room[active], may, order)
+        except knapsack.Infeasible:
+            choice = knapsack.Choice(cheapest, 1.0, 1.0)
+        used = cost[np.arange(len(cost)), choice.states].sum(0)
+        over = [c for c in range(len(CAPS)) if c not in active and used[c] > room[c]]
+        if over:
+            active += over
+            continue
+        plan = _plan(question, size, choice)
+        # Scratch grows with the largest layer, which single experts do not know. Against the rounded room, so that
+        # the answer is the same for all devices that share it.
+        excess = plan.memory.predicted - (size.fixed[0] + size.room[0])
+        if excess <= 0:
+            return plan
+        if (choice.states == cheapest).all():
+            if plan.memory.predicted > budget.memory:
+                raise DoesNotFit(_refusal(question, size.empty, plan.used))
+            return plan
+        room[0] -= excess
+
+
+def _plan(question: _Question, size: _Size, choice: knapsack.Choice) -> Plan:
+    base, budget = question.base, question.budget
+    table = choice.states.reshape(size.floor.shape)
+    shape = replace(size.empty, slots=_slots(question, table))
+    places = question.values.places
+    experts = tuple(
+        tuple(sorted(np.flatnonzero(row).tolist(), key=lambda e, order=order: int(order[e])))
+        for row, order in zip(table, places, strict=True)
+    )
+    memory = costs.estimate(base, question.dense, shape, budget.memory)
+    uplink = sum(costs.slot_uplink(base, slot) for layer in shape.slots for slot in layer)
+    return Plan(
+        shape=shape,
+        experts=experts,
+        theta=size.theta,
+        bound=choice.value / choice.bound if choice.bound else 1.0,
+        memory=replace(memory, arena=memory.arena + question.reserve),
+        flash=costs.flash(base, shape),
+        uplink=uplink,
+        seconds=_seconds(question, shape, experts, uplink),
+        budget=budget,
+    )
+
+
+def _slots(question: _Question, table: Ints) -> tuple[tuple[costs.Slot, ...], ...]:
+    """Per layer: higher rank first, then the wider format."""
+    states = items.states(question.base, question.rank)
+    return tuple(
+        tuple(
+            sorted(
+                (states[s - 1] for s in row.tolist() if s),
+                key=lambda slot: (-slot.rank, -items.WIDTH[slot.format]),
+            )
+        )
+        for row in table
+    )
+
+
+def _seconds(
+    question: _Question, shape: Shape, experts: tuple[tuple[int, ...], ...], uplink: int
+) -> dict[str, float]:
+    """Seconds of a round by where they go."""
+    base, values, rates = question.base, question.values, question.budget.rates
+    resident = np.zeros(values.mass.shape, bool)
+    for layer, ids in enumerate(experts):
+        resident[layer, list(ids)] = True
+    tokens = items.load(base, shape, values.mass, resident)
+    work = costs.fixed_work(base, question.dense, shape)
+    unpacking, adapters = work.unpacking, 0.0
+    for layer, slots in enumerate(shape.slots):
+        for slot, expert in zip(slots, experts[layer], strict=True):
+            unpacking += costs.unpacking(base, slot)
+            adapters += costs.adapter_work(base, slot) * float(tokens[layer, expert])
+    done = replace(work, unpacking=unpacking, adapters=adapters)
+    spent = {name: rates.steps * n / rates.operations for name, n in vars(done).items()}
+    return {**spent, "upload": uplink / rates.uplink}

@@ -1,0 +1,255 @@
+"""What a shape costs a device: bytes of memory, flash and uplink, and seconds (pure, from sizes alone).
+
+Letters: L MoE layers, P slots of a layer, B batch rows, S tokens per row, T = B * S, K answer positions per row, d
+hidden, u rows of an expert's first projection, k experts per token, V vocabulary, R rank.
+
+Inputs, parameters and optimizer state follow exactly from the shape. The arena is an estimate, exact once the program
+is lowered: its coefficients were fitted to lowered programs, see `benchmarks.memory_prediction`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from export import families
+from export.train_graph import dense_names, skeleton
+from protocol import packing
+from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, Slot, TensorSpec
+
+RUNTIME_BYTES = 11 << 20
+"""What runtime, operators and allocator take beside the counted terms."""
+PROGRAM_BYTES = 40 << 10  # both programs of a shape, per layer
+EFFICIENCY = 0.5  # of the profile's matrix throughput: narrow products, unpacking on the way
+UNPACK = 4.0  # operations per weight that is unpacked
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The part of a base that every device holds."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    linear: int  # weights of the matrices that every token passes
+    columns: int  # rows of these matrices: floats per token that they put out
+    head: int  # weights of the output layer
+
+    def bytes(self, format: str) -> int:
+        """Bytes as inputs of a program."""
+        total = 0
+        for shape in self.shapes.values():
+            size = math.prod(shape)
+            if packing.packs(shape):
+                total += packing.packed_bytes(format, 1, size) + 2 * (size // packing.GROUP)
+            else:
+                total += FLOAT * size
+        return total
+
+
+def dense_of(base: BaseIndex) -> Dense:
+    """Sizes of a base's dense tensors, from its configuration alone; takes a second for the largest models."""
+    family = families.of(base.config, base.base[:12])
+    shapes = dense_names(skeleton(base), base, family)
+    wide = [shape for shape in shapes.values() if len(shape) == 2 and shape[0] != base.vocabulary]
+    return Dense(
+        shapes,
+        sum(math.prod(shape) for shape in wide),
+        sum(shape[0] for shape in wide),
+        base.vocabulary * base.hidden,
+    )
+
+
+def spec_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Bytes of a list of tensors."""
+    return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs)
+
+
+def expert_weights(base: BaseIndex) -> int:
+    """Frozen weights of one expert."""
+    if base.projections == ("adapter",):
+        return 0
+    return sum(math.prod(base.features(p)) for p in base.projections)
+
+
+def frozen_bytes(base: BaseIndex, format: str) -> int:
+    """One expert's packed weights and scales."""
+    if format == "none":
+        return 0
+    size = expert_weights(base)
+    return packing.packed_bytes(format, 1, size) + 2 * (size // base.group)
+
+
+def adapter_floats(base: BaseIndex, rank: int) -> int:
+    """LoRA factors of one expert."""
+    return rank * sum(sum(base.features(p)) for p in base.projections)
+
+
+def slot_memory(base: BaseIndex, slot: Slot) -> int:
+    """Peak bytes of one more slot: frozen weights, router row; value, gradient and moments of what is trained."""
+    trained = adapter_floats(base, slot.rank) + base.hidden
+    return frozen_bytes(base, slot.format) + FLOAT * (base.hidden + 4 * trained)
+
+
+def slot_flash(base: BaseIndex, slot: Slot) -> int:
+    """Bytes on flash: the blob, the adapter as received, the update waiting to be sent."""
+    blob = base.experts[slot.format][0][0].bytes if slot.format != "none" else 0
+    return blob + 2 * slot_uplink(base, slot)
+
+
+def flash(base: BaseIndex, shape: Shape) -> dict[str, int]:
+    """Bytes on flash by what they are."""
+    slots = [slot for layer in shape.slots for slot in layer]
+    adapter = 2 * sum(slot_uplink(base, slot) for slot in slots)
+    return {
+        "experts": sum(slot_flash(base, slot) for slot in slots) - adapter,
+        "dense": base.dense[shape.dense].bytes,
+        "tokenizer": base.tokenizer.bytes,
+        "programs": PROGRAM_BYTES * len(base.moe_layers),
+        "adapter and update": adapter,
+    }
+
+
+def slot_uplink(base: BaseIndex, slot: Slot) -> int:
+    """Bytes of a trained expert in an update, float32."""
+    return FLOAT * (adapter_floats(base, slot.rank) + base.hidden) if slot.rank else 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one training step, by where they go."""
+
+    dense: float
+    attention: float
+    experts: float
+    unpacking: float
+    adapters: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return self.dense + self.attention + self.experts + self.unpacking + self.adapters
+
+
+def fixed_work(base: BaseIndex, dense: Dense, shape: Shape) -> Work:
+    """What a step costs whichever experts are resident: every token passes k of them.
+
+    Forward and the gradient to the input: twice 2 operations per weight and token.
+    """
+    tokens = shape.batch * shape.sequence
+    routed = len(base.moe_layers) * base.top_k * tokens * expert_weights(base)
+    return Work(
+        dense=4.0 * (dense.linear * tokens + dense.head * shape.batch * shape.answers),
+        attention=12.0 * _layers(base) * tokens * shape.sequence * _attended(base),
+        experts=4.0 * routed,
+        unpacking=2 * UNPACK * (dense.linear + dense.head),
+        adapters=0.0,
+    )
+
+
+def unpacking(base: BaseIndex, slot: Slot) -> float:
+    """Operations per step to unpack a slot's weights, forward and backward."""
+    return 0.0 if slot.format == "none" else 2 * UNPACK * expert_weights(base)
+
+
+def adapter_work(base: BaseIndex, slot: Slot) -> float:
+    """Operations per token in the LoRA factors: forward, and gradients to the input and to the factors."""
+    return 6.0 * adapter_floats(base, slot.rank)
+
+
+def _layers(base: BaseIndex) -> int:
+    return int(base.config.get("num_hidden_layers", base.config.get("num_layers", 1)))
+
+
+def _heads(base: BaseIndex) -> int:
+    return int(base.config.get("num_attention_heads", base.config.get("num_heads", 1)))
+
+
+def _attended(base: BaseIndex) -> int:
+    """Floats per token in queries: heads times their width."""
+    config = base.config
+    width = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    width = width or config.get("head_dim") or config.get("d_kv") or base.hidden // _heads(base)
+    return _heads(base) * int(width)
+
+
+def inputs_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
+    """Bytes of a training program's inputs other than the adapter; `Program.inputs` once it is lowered."""
+    batch = shape.batch * shape.sequence * 12 + shape.batch * shape.answers * 20
+    slots = [slot for layer in shape.slots for slot in layer]
+    rows = FLOAT * base.hidden * len(slots)
+    return (
+        batch + dense.bytes(shape.dense) + rows + sum(frozen_bytes(base, s.format) for s in slots)
+    )
+
+
+def parameter_floats(base: BaseIndex, shape: Shape) -> tuple[int, int]:
+    """Numbers of the resident experts' adapter: all, and those of the largest tensor."""
+    total = largest = 0
+    for layer in shape.slots:
+        ranks = sum(slot.rank for slot in layer)
+        total += adapter_floats(base, ranks) + len(layer) * base.hidden
+        sides = [side for p in base.projections for side in base.features(p)]
+        largest = max(largest, ranks * max(sides))
+    return total, largest
+
+
+def arena_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
+    """Estimated arena of the training program.
+
+    Kept per layer for the backward pass: what its matrices and its routed experts put out, attention probabilities,
+    some copies of the hidden state; the gradients, which are outputs; the logits at the answer positions.
+    """
+    tokens = shape.batch * shape.sequence
+    up = base.features(base.projections[0])[0]
+    hidden = 8 * _layers(base) * tokens * base.hidden
+    outputs = dense.columns * tokens
+    attended = 2 * _layers(base) * shape.batch * _heads(base) * shape.sequence**2
+    routed = len(base.moe_layers) * base.top_k * tokens * up
+    logits = 3 * shape.batch * shape.answers * base.vocabulary
+    gradients = parameter_floats(base, shape)[0]
+    return FLOAT * (hidden + outputs + attended + routed + logits + gradients)
+
+
+def estimate(base: BaseIndex, dense: Dense, shape: Shape, budget: int) -> MemoryPlan:
+    """Predicted peak while training, before anything is lowered."""
+    total, largest = parameter_floats(base, shape)
+    return MemoryPlan(
+        budget=budget,
+        arena=arena_bytes(base, dense, shape),
+        inputs=inputs_bytes(base, dense, shape),
+        parameters=FLOAT * total,
+        optimizer=FLOAT * (2 * total + 3 * largest),
+        outputs=64 << 10,
+        runtime=RUNTIME_BYTES,
+    )
+
+
+def memory(
+    train: Program, evaluate: Program, shape: Shape, vocabulary: int, budget: int
+) -> MemoryPlan:
+    """Predicted peak of the heavier of the two lowered programs; only one is open at a time."""
+    trained = spec_bytes(train.parameters)
+    largest = max(spec_bytes([p]) for p in train.parameters)
+    while_training = MemoryPlan(
+        budget=budget,
+        arena=train.arena_bytes,
+        inputs=spec_bytes(train.inputs),
+        parameters=trained,
+        optimizer=2 * trained + 3 * largest,  # AdamW's two moments and its temporaries
+        outputs=64 << 10,
+        runtime=RUNTIME_BYTES,
+    )
+    answers = shape.batch * shape.answers * vocabulary * 4
+    while_evaluating = MemoryPlan(
+        budget=budget,
+        arena=evaluate.arena_bytes,
+        inputs=spec_bytes(evaluate.inputs),
+        parameters=trained,
+        optimizer=0,
+        outputs=2 * answers,
+        runtime=RUNTIME_BYTES,
+    )
+    return max(while_training, while_evaluating, key=lambda plan: plan.predicted)
