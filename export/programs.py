@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from export.blob_store import BlobStore, write_atomically
 from export.families.family import Family
 from export.to_executorch import lower
-from export.train_graph import BLOCK_ROWS, CAPTURE, SubModel
+from export.train_graph import SubModel, capture
 from protocol import PROTOCOL_VERSION, schema
-from protocol.manifest import BaseIndex, Program, Shape, TensorSpec
+from protocol.manifest import BaseIndex, Program, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +30,7 @@ def shape_key(base: BaseIndex, shape: Shape) -> str:
     facts = {
         "protocol": PROTOCOL_VERSION,
         "config": base.config,
-        "group": base.group,
         "shape": schema.to_dict(shape),
-        "block_rows": BLOCK_ROWS,
         "tools": {name: version(name) for name in ("torch", "executorch", "transformers")},
         "graph": _source_hash(),
     }
@@ -44,15 +40,9 @@ def shape_key(base: BaseIndex, shape: Shape) -> str:
 def _source_hash() -> str:
     """Changes whenever the code that draws the graph does."""
     folder = Path(__file__).parent
-    files = ("routed_experts.py", "train_graph.py", "graph_passes.py", "to_executorch.py")
-    return hashlib.sha256(b"".join((folder / f).read_bytes() for f in files)).hexdigest()
-
-
-def _distinct_values(model: SubModel) -> None:
-    """Give every parameter its own values: ExecuTorch stores equal tensors once, and then one write changes both."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+    named = ("train_graph", "routed_experts", "packed_modules", "ops", "graph_passes", "to_executorch")
+    files = [folder / f"{name}.py" for name in named] + sorted((folder / "families").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def lower_programs(
@@ -75,15 +65,12 @@ def lower_programs(
     made = {}
     for kind in ("train", "evaluate"):
         model = SubModel(base, family, shape, evaluate=kind == "evaluate")
-        _distinct_values(model)
-        lowered = lower(CAPTURE[kind](model))
+        lowered = lower(capture(model))
         made[kind] = Program(
             blob=store.put(lowered.program),
             method="forward",
             inputs=tuple(model.specs),
-            parameters=tuple(
-                TensorSpec(name=n, shape=s, dtype="float32") for n, s in model.trained.items()
-            ),
+            parameters=tuple(model.adapter),
             outputs=model.output_names(),
             arena_bytes=lowered.arena_bytes,
         )

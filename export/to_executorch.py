@@ -9,7 +9,7 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import ExportedProgram
 
-# The joint graph holds operators that the validity check does not know; memory formats are never used here.
+# The graph holds operators that the validity check does not know; memory formats are never used here.
 CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 
 

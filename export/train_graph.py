@@ -6,7 +6,7 @@ Which inputs, in which order and of which shape: `protocol.manifest.Program`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
-from torch.export.experimental import _export_forward_backward
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from export import graph_passes
+from export import graph_passes, ops
 from export.families.family import Family
+from export.packed_modules import replace_packed
 from export.routed_experts import RoutedExperts
-from protocol.manifest import BaseIndex, Shape, TensorSpec
+from protocol import packing
+from protocol.manifest import BaseIndex, Shape, Slot, TensorSpec
 
-BLOCK_ROWS = 64  # fewer blocks dequantise less, more rows compute more: about even from 32 to 64
-PACKED = ("gate_up.packed", "gate_up.scale", "down.packed", "down.scale")
 STATISTICS = ("mass", "top", "g_log_g", "missed", "output_norm")
 
 
@@ -33,14 +33,19 @@ def skeleton(base: BaseIndex) -> nn.Module:
     config = AutoConfig.for_model(**base.config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for name, module in list(model.named_modules()):
+        # Rotary tables are computed by their constructor, from the configuration alone.
+        if name.rpartition(".")[2].startswith("rotary_emb"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, type(module)(config))
     return model
 
 
 def dense_names(model: nn.Module, base: BaseIndex, family: Family) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that is neither expert nor router; a tied head is not listed."""
     blocks = tuple(family.block.format(layer=layer) + "." for layer in base.moe_layers)
-    routed = {family.router.format(layer=layer) for layer in base.moe_layers}
+    routers = (family.router, *family.router_extra.values())
+    routed = {name.format(layer=layer) for layer in base.moe_layers for name in routers}
     experts = tuple(f"{block}experts." for block in blocks)
     tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
     return {
@@ -51,7 +56,7 @@ def dense_names(model: nn.Module, base: BaseIndex, family: Family) -> dict[str, 
 
 
 class SubModel(nn.Module):
-    """The sub-MoE with one `RoutedExperts` per MoE layer and everything frozen as an input.
+    """The sub-MoE with one `RoutedExperts` per MoE layer; every weight, the adapter too, is an input.
 
     `names` gives the meaning of the positional inputs of `forward`.
     """
@@ -60,88 +65,123 @@ class SubModel(nn.Module):
         super().__init__()
         model = skeleton(base)
         dense = dense_names(model, base, family)
-        self.batch_rows, self.answers, self.evaluate = shape.batch, shape.answers, evaluate
-        self.head = "lm_head.weight" if "lm_head.weight" in dense else "model.embed_tokens.weight"
-        layers = {}
+        packed = {name: s for name, s in dense.items() if packing.packs(s)}
+        self.base, self.family, self.shape, self.evaluate = base, family, shape, evaluate
+        embedding = f"{model.base_model_prefix}.embed_tokens.weight"
+        self.head = "lm_head.weight" if "lm_head.weight" in dense else embedding
+        self.parts: dict[int, RoutedExperts]
+        self.__dict__["parts"] = {}
         for layer, slots in zip(base.moe_layers, shape.slots, strict=True):
-            experts = RoutedExperts(
-                slots,
-                base.hidden,
-                base.intermediate,
-                shape.rank,
-                base.top_k,
-                family.renormalise(base.config),
-                BLOCK_ROWS,
-            )
             path, _, leaf = family.block.format(layer=layer).rpartition(".")
-            setattr(model.get_submodule(path), leaf, experts)
-            layers[str(layer)] = experts
-        self.trained = {
-            f"layers.{layer}.{name}": tuple(p.shape)
-            for layer, experts in layers.items()
-            for name, p in experts.named_parameters()
-        }
-        # Of the whole model only the adapter is a parameter of the graph, and in evaluation nothing is.
-        self.__dict__["model"], self.__dict__["parts"] = model, layers
-        self.paths = {layer: family.block.format(layer=layer) for layer in base.moe_layers}
-        if not evaluate:
-            self.layers = nn.ModuleDict(layers)
-        self.specs = _input_specs(base, shape, dense, self.trained if evaluate else None)
+            parent = model.get_submodule(path)
+            self.parts[layer] = RoutedExperts(getattr(parent, leaf), family, base, slots)
+        self.__dict__["stand_ins"] = replace_packed(model, packed, shape.dense)
+        for layer, part in self.parts.items():
+            path, _, leaf = family.block.format(layer=layer).rpartition(".")
+            setattr(model.get_submodule(path), leaf, part)
+            if family.shared is not None:  # its parameters keep their names
+                for name, child in part.block.named_children():
+                    part.add_module(name, child)
+        self.__dict__["model"] = model
+        self.adapter = adapter_specs(base, shape)
+        self.specs = _input_specs(base, family, shape, dense, evaluate)
         self.names = [spec.name for spec in self.specs]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs as `Program.outputs` lists them."""
         given = dict(zip(self.names, inputs, strict=True))
-        for layer, experts in self.parts.items():
-            prefix = f"layers.{layer}."
-            experts.wires.given = {
-                "valid": given["valid"],
-                **{n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)},
-            }
-        weights = {n[6:]: t for n, t in given.items() if n.startswith("dense.")}
         if self.evaluate:
-            for layer, path in self.paths.items():
-                weights |= {
-                    f"{path}.{name}": given[f"layers.{layer}.{name}"]
-                    for name, _ in self.parts[str(layer)].named_parameters()
-                }
-        # The head is ours: logits are only needed at the answer positions.
-        body = {n.removeprefix("model."): t for n, t in weights.items() if n.startswith("model.")}
+            return self._evaluate(given)
+        with torch.enable_grad():
+            for spec in self.adapter:
+                given[spec.name] = given[spec.name].detach().requires_grad_(True)
+            loss = self._loss(given)
+            routed = [part.seen["routed"] for part in self.parts.values()]
+            trained = [given[spec.name] for spec in self.adapter]
+            gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
+        return loss.detach(), *(r.detach() for r in routed), *gradients
+
+    def _logits(self, given: dict[str, Tensor]) -> Tensor:
+        """[B * K, V] at the answer positions."""
+        for layer, part in self.parts.items():
+            prefix = f"layers.{layer}."
+            own = {n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)}
+            part.given = {"valid": given["valid"], **own}
+        for name, stand_in in self.stand_ins.items():
+            stand_in.packed = given[f"dense.{name}.packed"]
+            stand_in.scale = given[f"dense.{name}.scale"]
+        floats = {n[6:]: t for n, t in given.items() if n.startswith("dense.")}
+        prefix = f"{self.model.base_model_prefix}."
+        body = {n.removeprefix(prefix): t for n, t in floats.items() if n.startswith(prefix)}
+        body = {n: t for n, t in body.items() if not n.endswith((".packed", ".scale"))}
         hidden = functional_call(
-            self.model.model, body, (), {"input_ids": given["tokens"], "use_cache": False}
+            self.model.base_model, body, (), {"input_ids": given["tokens"], "use_cache": False}
         ).last_hidden_state
         flat = hidden.reshape(-1, hidden.shape[-1])
         places = torch.arange(flat.shape[0]).unsqueeze(0)
         pick = (given["positions"].reshape(-1, 1) == places).to(flat.dtype)  # [B*K, B*S]
         answers = torch.mm(pick, flat)
-        logits = torch.mm(weights[self.head], answers.t()).t()
-        if self.evaluate:
-            return (
-                logits.reshape(self.batch_rows, self.answers, -1),
-                *(experts.wires.seen[s] for experts in self.parts.values() for s in STATISTICS),
-            )
-        logp = F.log_softmax(logits, -1)
+        # The head is ours: logits are only needed at the answer positions.
+        if f"dense.{self.head}" in given:
+            logits = torch.mm(answers, given[f"dense.{self.head}"].t())
+        else:
+            matrix = given[f"dense.{self.head}.packed"], given[f"dense.{self.head}.scale"]
+            logits = ops.packed_linear(answers, *matrix, self.shape.dense, self.base.vocabulary)
+        return self.family.logits(logits, self.base.config)
+
+    def _loss(self, given: dict[str, Tensor]) -> Tensor:
+        logits = self._logits(given)
+        target = (given["targets"].reshape(-1, 1) == torch.arange(logits.shape[-1])).to(logits.dtype)
+        nll = -(F.log_softmax(logits, -1) * target).sum(-1, keepdim=True)
         share = given["weights"].reshape(-1, 1)
-        nll = -logp.gather(1, given["targets"].reshape(-1, 1))
-        loss = (nll * share).sum() / share.sum().clamp(min=1e-9)
-        return loss, *(experts.wires.seen["routed"].detach() for experts in self.parts.values())
+        return (nll * share).sum() / share.sum().clamp(min=1e-9)
+
+    def _evaluate(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        logits = self._logits(given).reshape(self.shape.batch, self.shape.answers, -1)
+        return (logits, *(part.seen[s] for part in self.parts.values() for s in STATISTICS))
 
     def output_names(self) -> tuple[str, ...]:
         """What `forward` returns, by name."""
-        wanted = STATISTICS if self.evaluate else ("routed",)
-        first = "logits" if self.evaluate else "loss"
-        return (first, *(f"layers.{layer}.{s}" for layer in self.parts for s in wanted))
+        if self.evaluate:
+            return ("logits", *(f"layers.{layer}.{s}" for layer in self.parts for s in STATISTICS))
+        routed = (f"layers.{layer}.routed" for layer in self.parts)
+        return ("loss", *routed, *(f"grad.{spec.name}" for spec in self.adapter))
+
+
+def adapter_specs(base: BaseIndex, shape: Shape) -> list[TensorSpec]:
+    """The trained arrays of a shape: flat factors per projection, and router rows."""
+    specs = []
+    for layer, slots in zip(base.moe_layers, shape.slots, strict=True):
+        rank = sum(slot.rank for slot in slots)
+        for projection in base.projections:
+            out, features = base.features(projection)
+            specs += [
+                (f"layers.{layer}.{projection}.a", (rank * features,)),
+                (f"layers.{layer}.{projection}.b", (rank * out,)),
+            ]
+        specs.append((f"layers.{layer}.router", (len(slots), base.hidden)))
+    return [TensorSpec(name=n, shape=s, dtype="float32") for n, s in specs]
+
+
+def packed_specs(name: str, formats: Sequence[str], out: int, features: int) -> list[TensorSpec]:
+    """Packed weights one after the other, and their scales."""
+    count = sum(packing.packed_bytes(format, out, features) for format in formats)
+    scales = len(formats) * out * features // packing.GROUP
+    return [
+        TensorSpec(name=f"{name}.packed", shape=(count,), dtype="uint8"),
+        TensorSpec(name=f"{name}.scale", shape=(scales,), dtype="float16"),
+    ]
 
 
 def _input_specs(
     base: BaseIndex,
+    family: Family,
     shape: Shape,
     dense: dict[str, tuple[int, ...]],
-    adapter: dict[str, tuple[int, ...]] | None,
+    evaluate: bool,
 ) -> list[TensorSpec]:
-    """Inputs in calling order; `adapter` is given when it is an input as well (evaluation)."""
-    rows, groups = (shape.batch, shape.sequence), shape.group
-    asked = (shape.batch, shape.answers)
+    """Inputs in calling order."""
+    rows, asked = (shape.batch, shape.sequence), (shape.batch, shape.answers)
     specs = [
         TensorSpec(name="tokens", shape=rows, dtype="int64"),
         TensorSpec(name="valid", shape=rows, dtype="float32"),
@@ -149,24 +189,31 @@ def _input_specs(
         TensorSpec(name="targets", shape=asked, dtype="int64"),
         TensorSpec(name="weights", shape=asked, dtype="float32"),
     ]
-    specs += [TensorSpec(name=f"dense.{n}", shape=s, dtype="float32") for n, s in dense.items()]
+    for name, size in dense.items():
+        if packing.packs(size):
+            specs += packed_specs(f"dense.{name}", [shape.dense], *size)
+        else:
+            specs.append(TensorSpec(name=f"dense.{name}", shape=size, dtype="float32"))
     for layer, slots in zip(base.moe_layers, shape.slots, strict=True):
-        up, down = base.features("gate_up"), base.features("down")
-        prefix = f"layers.{layer}."
-        layer_specs = [("router_rows", (slots, base.hidden), "float32")]
-        if adapter is not None:
-            layer_specs += [
-                ("router_all", (base.num_experts, base.hidden), "float32"),
-                ("resident", (base.num_experts,), "float32"),
-            ]
-        for name, (out, into) in (("gate_up", up), ("down", down)):
-            layer_specs += [
-                (f"{name}.packed", (slots * out, into // 2), "uint8"),
-                (f"{name}.scale", (slots * out, into // groups), "float32"),
-            ]
-        specs += [TensorSpec(name=prefix + n, shape=s, dtype=t) for n, s, t in layer_specs]
-    if adapter is not None:
-        specs += [TensorSpec(name=n, shape=s, dtype="float32") for n, s in adapter.items()]
+        specs += _layer_specs(base, family, f"layers.{layer}.", slots, evaluate)
+    return specs + adapter_specs(base, shape)
+
+
+def _layer_specs(
+    base: BaseIndex, family: Family, prefix: str, slots: Sequence[Slot], evaluate: bool
+) -> list[TensorSpec]:
+    floats: list[tuple[str, tuple[int, ...]]] = [("router_rows", (len(slots), base.hidden))]
+    floats += [(f"router_rows.{name}", (len(slots),)) for name in family.router_extra]
+    if evaluate:
+        floats += [
+            ("router_all", (base.num_experts, base.hidden)),
+            ("resident", (base.num_experts,)),
+        ]
+    specs = [TensorSpec(name=prefix + n, shape=s, dtype="float32") for n, s in floats]
+    formats = [slot.format for slot in slots if slot.format != "none"]
+    for projection in base.projections:
+        if formats:
+            specs += packed_specs(prefix + projection, formats, *base.features(projection))
     return specs
 
 
@@ -175,27 +222,17 @@ def example(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(s.shape, dtype=getattr(torch, np.dtype(s.dtype).name)) for s in specs)
 
 
-def capture_training(model: SubModel) -> ExportedProgram:
-    """Joint forward and backward graph, rewritten by `graph_passes`."""
-    program = _export_forward_backward(export(model, example(model.specs), strict=False))
-    graph_passes.gather_backward(program)
-    graph_passes.keep_weights_untransposed(program)
-    graph_passes.simplify(program)
-    graph_passes.recompute_cheap(program)
-    graph_passes.recompute_dequantisation(program)
-    return program
-
-
-def capture_evaluation(model: SubModel) -> ExportedProgram:
-    """Forward graph with statistics."""
+def capture(model: SubModel) -> ExportedProgram:
+    """The graph of `model.forward`, backward pass and all, rewritten by `graph_passes`."""
+    inputs = example(model.specs)
     with torch.no_grad():
-        program = export(model, example(model.specs), strict=False)
-    program = program.run_decompositions()
+        # Not fake are the rotary tables: constants of the graph.
+        trace = make_fx(lambda *given: model(*given), tracing_mode="fake", _allow_non_fake_inputs=True)
+        graph = trace(*inputs)
+        program = export(graph, inputs, strict=False).run_decompositions()
     graph_passes.simplify(program)
+    if not model.evaluate:
+        graph_passes.recompute_cheap(program)
     return program
 
 
-CAPTURE: dict[str, Callable[[SubModel], Any]] = {
-    "train": capture_training,
-    "evaluate": capture_evaluation,
-}
