@@ -114,7 +114,7 @@ def prepare(device: Device, welcome: messages.Welcome) -> tuple[Artifact, data.P
             f"{device.server.url}: artifact of base {manifest.base[:12]} in a run of {welcome.base[:12]}"
         )
     artifact = Artifact(base, manifest, device.cache.folder)
-    for blob in (manifest.tokenizer, base.dense):
+    for blob in (manifest.tokenizer, manifest.dense):
         device.cache.get(blob)
     if device.backend.name == "executorch":
         for program in (manifest.train, manifest.evaluate):
@@ -220,15 +220,16 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
         job = trainer.Job(
             work=lease.work,
             resident=resident,
-            trained=slots.trained_of(lease.trained, resident),
+            trained=slots.trained_of(lease.trained, resident, shape.slots),
             steps=lease.steps,
             learning_rate=lease.learning_rate,
             router_learning_rate=lease.router_learning_rate,
             seed=lease.seed,
         )
-        for blob in slots.blobs_of(base, resident):
+        for blob in slots.blobs_of(base, shape, resident):
             device.cache.get(blob)
-        adapter = slots.slot_arrays(read_adapter(device, lease.adapter), resident, base, shape)
+        wanted = slots.adapter_shapes(base, shape, resident)
+        adapter = slots.check_adapter(read_adapter(device, lease.adapter), wanted)
         log.info(
             "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
         )

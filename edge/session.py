@@ -86,10 +86,10 @@ class TrainSession(Protocol):
     """An open training program."""
 
     def load(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
-        """Copy slot arrays (all of them, see `slots.slot_arrays`) into the parameters."""
+        """Copy an adapter (global names, all of `slots.adapter_shapes`) into the parameters."""
 
     def parameters(self) -> FloatArrays:
-        """Live aliases: what is written to them is what the next step uses."""
+        """Global name -> live alias: what is written to it is what the next step uses."""
 
     def forward_backward(self, batch: Batch) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """Loss, and routed valid tokens per slot of each layer; the gradients are then ready."""

@@ -1,10 +1,11 @@
-"""Global names <-> slot arrays: the only place that knows which expert sits in which slot. Pure.
+"""Global names <-> the flat arrays of a program: the only place that knows which expert sits in which slot. Pure.
 
-Letters: L MoE layers, E experts, P slots of a layer, R rank, d hidden, f expert width, G quantisation group.
+Letters: L MoE layers, E experts, P slots of a layer, R rank of a slot, d hidden.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.session import FloatArrays, Resident
-from protocol import names
-from protocol.manifest import BaseIndex, Blob, Shape, TensorSpec
+from protocol import names, packing
+from protocol.manifest import BaseIndex, Blob, Shape, Slot, TensorSpec
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -23,19 +24,22 @@ class SlotError(ValueError):
 
 
 def resident_of(
-    held: Mapping[str, Sequence[int]], moe_layers: Sequence[int], slots: Sequence[int], experts: int
+    held: Mapping[str, Sequence[int]],
+    moe_layers: Sequence[int],
+    slots: Sequence[Sequence[Slot]],
+    experts: int,
 ) -> Resident:
-    """Check a lease's resident experts against the slots of the program.
+    """Check a lease's resident experts against the slots of the program; ids in slot order.
 
-    >>> resident_of({"0": [3, 1]}, (0,), (2,), 8)
+    >>> resident_of({"0": [3, 1]}, (0,), ((Slot(format="int4", rank=8),) * 2,), 8)
     {0: (3, 1)}
     """
     unknown = set(held) - {str(layer) for layer in moe_layers}
     if unknown:
         raise SlotError(f"resident: layer {min(unknown)!r} is no MoE layer of the base")
     resident = {}
-    for layer, room in zip(moe_layers, slots, strict=True):
-        ids = tuple(held.get(str(layer), ()))
+    for layer, kinds in zip(moe_layers, slots, strict=True):
+        ids, room = tuple(held.get(str(layer), ())), len(kinds)
         if len(ids) != room or len(set(ids)) != room:
             raise SlotError(
                 f"resident: {len(set(ids))} experts for layer {layer}, {room} slots to fill"
@@ -46,133 +50,116 @@ def resident_of(
     return resident
 
 
-def trained_of(trained: Mapping[str, Sequence[int]], resident: Resident) -> Resident:
-    """Check a lease's trained experts: a subset of the resident ones, in slot order.
+def trained_of(
+    trained: Mapping[str, Sequence[int]], resident: Resident, slots: Sequence[Sequence[Slot]]
+) -> Resident:
+    """Check a lease's trained experts: residents of slots with a rank, in slot order.
 
-    >>> trained_of({"0": [1]}, {0: (3, 1)})
-    {0: (1,)}
+    >>> kinds = ((Slot(format="int4", rank=8), Slot(format="int4", rank=0)),)
+    >>> trained_of({"0": [3]}, {0: (3, 1)}, kinds)
+    {0: (3,)}
     """
+    able = {
+        layer: {e for e, slot in zip(ids, kinds, strict=True) if slot.rank}
+        for (layer, ids), kinds in zip(resident.items(), slots, strict=True)
+    }
     for key, ids in trained.items():
-        held = resident.get(int(key), ()) if key.isdecimal() else ()
-        strangers = sorted(set(ids) - set(held))
-        if strangers:
-            raise SlotError(f"trained: expert {strangers[0]} of layer {key} is not resident")
+        held = able.get(int(key), set()) if key.isdecimal() else set()
+        if strangers := sorted(set(ids) - held):
+            raise SlotError(
+                f"trained: expert {strangers[0]} of layer {key} has no slot to train in"
+            )
     return {
         layer: tuple(e for e in held if e in set(trained.get(str(layer), ())))
         for layer, held in resident.items()
     }
 
 
-def adapter_names(experts: Resident) -> list[str]:
-    """Global names of everything that is trained for these experts."""
-    return [
-        name
-        for layer, ids in experts.items()
-        for expert in ids
-        for name in (
-            *(
-                names.lora(layer, expert, projection, factor)
-                for projection in names.PROJECTIONS
-                for factor in names.FACTORS
-            ),
-            names.router_row(layer, expert),
-        )
-    ]
+def adapter_shapes(base: BaseIndex, shape: Shape, resident: Resident) -> dict[str, tuple[int, ...]]:
+    """Global name -> shape of every tensor of the resident experts' adapter.
 
-
-def parameter_shapes(base: BaseIndex, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the slot arrays that a training program holds."""
+    `lora_A` [R, in] and `lora_B` [out, R] with the rank of the expert's slot, none at rank 0; router rows [d].
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer, room in zip(base.moe_layers, shape.slots, strict=True):
-        for projection in names.PROJECTIONS:
-            out, features = base.features(projection)
-            shapes[f"layers.{layer}.{projection}.a"] = (room, features, shape.rank)
-            shapes[f"layers.{layer}.{projection}.b"] = (room, shape.rank, out)
-        shapes[f"layers.{layer}.router"] = (room, base.hidden)
+    for (layer, ids), kinds in zip(resident.items(), shape.slots, strict=True):
+        for expert, slot in zip(ids, kinds, strict=True):
+            for projection in base.projections if slot.rank else ():
+                out, features = base.features(projection)
+                a, b = (names.lora(layer, expert, projection, factor) for factor in names.FACTORS)
+                shapes[a], shapes[b] = (slot.rank, features), (out, slot.rank)
+            shapes[names.router_row(layer, expert)] = (base.hidden,)
     return shapes
 
 
-def slot_arrays(adapter: Arrays, resident: Resident, base: BaseIndex, shape: Shape) -> FloatArrays:
-    """Global LoRA factors and router rows -> the arrays of a training program.
+def names_of(experts: Resident, known: Mapping[str, object]) -> list[str]:
+    """Those of the `known` global names that belong to these experts."""
+    found = []
+    for name in known:
+        parsed = names.parse(name)
+        if parsed is not None and parsed.expert in experts.get(parsed.layer, ()):
+            found.append(name)
+    return found
 
-    Returns
-    -------
-    dict of str -> float32: `layers.l.{projection}.a` [P, in, R], `.b` [P, R, out] (transposes of `lora_A`, `lora_B`),
-    `layers.l.router` [P, d]
+
+def views(arrays: Arrays, base: BaseIndex, shape: Shape, resident: Resident) -> FloatArrays:
+    """Global names -> views into a program's flat arrays (parameters, or gradients under the same names)."""
+    seen: FloatArrays = {}
+    for (layer, ids), kinds in zip(resident.items(), shape.slots, strict=True):
+        for projection in base.projections:
+            for factor, letter in zip(names.FACTORS, "ab", strict=True):
+                flat, at = arrays[f"layers.{layer}.{projection}.{letter}"], 0
+                out, features = base.features(projection)
+                for expert, slot in zip(ids, kinds, strict=True):
+                    size = (slot.rank, features) if letter == "a" else (out, slot.rank)
+                    if slot.rank:
+                        name = names.lora(layer, expert, projection, factor)
+                        seen[name] = flat[at : at + math.prod(size)].reshape(size)
+                    at += math.prod(size)
+        rows = arrays[f"layers.{layer}.router"]
+        seen |= {names.router_row(layer, e): rows[slot] for slot, e in enumerate(ids)}
+    return seen
+
+
+def check_adapter(adapter: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> FloatArrays:
+    """The adapter as it came, once it is what the slots hold.
 
     Raises
     ------
     SlotError
         Missing or unknown name, wrong shape or dtype, value not finite.
     """
-    wanted = set(adapter_names(resident))
-    if strange := set(adapter) ^ wanted:
+    if strange := set(adapter) ^ set(wanted):
         name = min(strange)
         raise SlotError(f"adapter: {name!r} is {'missing' if name in wanted else 'not resident'}")
-
-    def read(name: str, want: tuple[int, ...]) -> NDArray[np.float32]:
+    for name, size in wanted.items():
         value = adapter[name]
-        if value.shape != want or value.dtype != np.float32:
+        if value.shape != size or value.dtype != np.float32:
             raise SlotError(
-                f"adapter: {name} is {value.dtype} {value.shape}, float32 {want} wanted"
+                f"adapter: {name} is {value.dtype} {value.shape}, float32 {size} wanted"
             )
         if not np.isfinite(value).all():
             raise SlotError(f"adapter: {name} is not finite")
-        return value
-
-    arrays: FloatArrays = {}
-    for layer, ids in resident.items():
-        for projection in names.PROJECTIONS:
-            out, features = base.features(projection)
-            a = [
-                read(names.lora(layer, e, projection, "lora_A"), (shape.rank, features))
-                for e in ids
-            ]
-            b = [read(names.lora(layer, e, projection, "lora_B"), (out, shape.rank)) for e in ids]
-            arrays[f"layers.{layer}.{projection}.a"] = np.stack([x.T for x in a])
-            arrays[f"layers.{layer}.{projection}.b"] = np.stack([x.T for x in b])
-        arrays[f"layers.{layer}.router"] = np.stack(
-            [read(names.router_row(layer, e), (base.hidden,)) for e in ids]
-        )
-    return arrays
+    return dict(adapter)
 
 
-def global_tensors(arrays: Arrays, resident: Resident, trained: Resident) -> FloatArrays:
-    """Inverse of `slot_arrays` for the trained experts: copies, ready to be sent."""
-    tensors: FloatArrays = {}
-    for layer, ids in trained.items():
-        for expert in ids:
-            slot = resident[layer].index(expert)
-            for projection in names.PROJECTIONS:
-                for factor, letter in (("lora_A", "a"), ("lora_B", "b")):
-                    value = arrays[f"layers.{layer}.{projection}.{letter}"][slot].T
-                    tensors[names.lora(layer, expert, projection, factor)] = value.copy()
-            tensors[names.router_row(layer, expert)] = arrays[f"layers.{layer}.router"][slot].copy()
-    return tensors
-
-
-def frozen_slots(resident: Resident, trained: Resident) -> dict[int, list[int]]:
-    """Slots whose expert is resident but not trained: their gradients are dropped.
-
-    >>> frozen_slots({0: (3, 1)}, {0: (1,)})
-    {0: [0]}
-    """
-    return {
-        layer: [slot for slot, expert in enumerate(ids) if expert not in trained[layer]]
-        for layer, ids in resident.items()
-    }
-
-
-def blobs_of(base: BaseIndex, resident: Resident) -> list[Blob]:
-    """The expert blobs that these experts need."""
+def blobs_of(base: BaseIndex, shape: Shape, resident: Resident) -> list[Blob]:
+    """The expert blobs that these experts need, each in the format of its slot."""
     position = {layer: i for i, layer in enumerate(base.moe_layers)}
-    return [base.experts[position[layer]][e] for layer, ids in resident.items() for e in ids]
+    try:
+        return [
+            base.experts[slot.format][position[layer]][expert]
+            for (layer, ids), kinds in zip(resident.items(), shape.slots, strict=True)
+            for expert, slot in zip(ids, kinds, strict=True)
+            if slot.format != "none"
+        ]
+    except KeyError as error:
+        raise SlotError(f"the base has no experts in format {error}") from error
 
 
 def expert_inputs(
-    base: BaseIndex, resident: Resident, read: Callable[[Blob], Arrays]
+    base: BaseIndex, shape: Shape, resident: Resident, read: Callable[[Blob], Arrays]
 ) -> dict[str, NDArray[Any]]:
-    """Stack the packed experts of each layer in slot order.
+    """Lay the packed experts of each layer one after the other, in slot order.
 
     Parameters
     ----------
@@ -180,48 +167,62 @@ def expert_inputs(
 
     Returns
     -------
-    `layers.l.{projection}.packed` uint8 [P * out, in / 2], `.scale` float32 [P * out, in / G]
+    `layers.l.{projection}.packed` uint8 [bytes], `.scale` float16 [groups]
 
     Raises
     ------
     SlotError
         A blob without these tensors, or of another shape.
     """
-    position = {layer: i for i, layer in enumerate(base.moe_layers)}
-    stacked: dict[str, NDArray[Any]] = {}
-    for layer, ids in resident.items():
-        for projection in names.PROJECTIONS:
+    blobs = iter(blobs_of(base, shape, resident))
+    laid: dict[str, NDArray[Any]] = {}
+    for (layer, ids), kinds in zip(resident.items(), shape.slots, strict=True):
+        if all(slot.format == "none" for slot in kinds):
+            continue
+        into, at = {}, {}
+        for projection in base.projections:
             out, features = base.features(projection)
-            packed = np.empty((len(ids) * out, features // 2), np.uint8)
-            scale = np.empty((len(ids) * out, features // base.group), np.float32)
-            for slot, expert in enumerate(ids):
-                blob = base.experts[position[layer]][expert]
-                tensors = read(blob)
-                for part, into in (("packed", packed), ("scale", scale)):
-                    value = tensors.get(f"{projection}.{part}")
-                    room = into[slot * out : (slot + 1) * out]
-                    if value is None or value.shape != room.shape:
-                        found = "nothing" if value is None else value.shape
-                        raise SlotError(
-                            f"expert blob {blob.sha256[:12]} (layer {layer}, expert {expert}): "
-                            f"{projection}.{part} is {found}, {room.shape} wanted"
-                        )
-                    room[...] = value
-            stacked[f"layers.{layer}.{projection}.packed"] = packed
-            stacked[f"layers.{layer}.{projection}.scale"] = scale
-    return stacked
+            sizes = {
+                "packed": sum(packing.packed_bytes(s.format, out, features) for s in kinds),
+                "scale": len(kinds) * out * features // base.group,
+            }
+            for part, dtype in (("packed", np.uint8), ("scale", np.float16)):
+                key = f"{projection}.{part}"
+                into[key], at[key] = np.empty(sizes[part], dtype), 0
+        for expert, slot in zip(ids, kinds, strict=True):
+            blob = next(blobs)
+            tensors = read(blob)
+            for key, flat in into.items():
+                projection, _, part = key.partition(".")
+                out, features = base.features(projection)
+                width = features * packing.BITS[slot.format] // 8
+                want = (out, width if part == "packed" else features // base.group)
+                value = tensors.get(key)
+                if value is None or value.shape != want or value.dtype != flat.dtype:
+                    found = "nothing" if value is None else f"{value.dtype} {value.shape}"
+                    raise SlotError(
+                        f"expert blob {blob.sha256[:12]} (layer {layer}, expert {expert}): "
+                        f"{key} is {found}, {flat.dtype} {want} wanted"
+                    )
+                size = math.prod(want)
+                flat[at[key] : at[key] + size] = value.reshape(-1)
+                at[key] += size
+        laid |= {f"layers.{layer}.{key}": flat for key, flat in into.items()}
+    return laid
 
 
 def router_inputs(dense: Arrays, resident: Resident) -> FloatArrays:
-    """`layers.l.router_rows` [P, d], the base's own rows of the resident experts, and `layers.l.router_all` [E, d]."""
+    """`layers.l.router_all` [E, d] and rows of the residents: `layers.l.router_rows` [P, d] and `.{extra}` [P, ...]."""
     arrays: FloatArrays = {}
     for layer, ids in resident.items():
-        rows = dense.get(f"layers.{layer}.router")
-        if rows is None:
-            raise SlotError(f"dense blob: layers.{layer}.router is missing")
-        full = np.asarray(rows, dtype=np.float32)
-        arrays[f"layers.{layer}.router_all"] = full
-        arrays[f"layers.{layer}.router_rows"] = full[list(ids)]
+        prefix = f"layers.{layer}.router"
+        if prefix not in dense:
+            raise SlotError(f"dense blob: {prefix} is missing")
+        for name, value in dense.items():
+            if name == prefix or name.startswith(f"{prefix}."):
+                rows = np.asarray(value, dtype=np.float32)
+                arrays[name.replace(prefix, f"layers.{layer}.router_rows", 1)] = rows[list(ids)]
+        arrays[f"layers.{layer}.router_all"] = np.array(dense[prefix], dtype=np.float32)
     return arrays
 
 
@@ -257,6 +258,8 @@ def check_inputs(
         value = inputs.get(spec.name)
         if value is None:
             raise SlotError(f"{where}: input {spec.name} is not known to this version")
+        if value.size == math.prod(spec.shape) and spec.name.endswith((".packed", ".scale")):
+            value = value.reshape(spec.shape)
         if value.shape != spec.shape or value.dtype != np.dtype(spec.dtype):
             raise SlotError(
                 f"{where}: {spec.name} is {value.dtype} {value.shape}, {spec.dtype} {spec.shape} wanted"

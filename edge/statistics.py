@@ -37,13 +37,13 @@ class RoutingSums:
             self._missed[row] += found.missed
 
     def add_routed(
-        self, routed: Mapping[int, NDArray[np.float32]], frozen: Mapping[int, Sequence[int]]
+        self, routed: Mapping[int, NDArray[np.float32]], trained: Mapping[int, Sequence[int]]
     ) -> None:
-        """Add the routed tokens of a training step; those of frozen slots gave no gradient and do not count."""
+        """Add the routed tokens of a training step; those of frozen experts gave no gradient and do not count."""
         for layer, counts in routed.items():
-            gave = counts.astype(np.float64)
-            gave[list(frozen[layer])] = 0
-            self._sums["trained_tokens"][self._row[layer], list(self._resident[layer])] += gave
+            held = list(self._resident[layer])
+            gave = np.where(np.isin(held, list(trained[layer])), counts.astype(np.float64), 0)
+            self._sums["trained_tokens"][self._row[layer], held] += gave
 
     def arrays(self) -> FloatArrays:
         """float32 [L, E] each, named as in `protocol.update.STATS`."""

@@ -96,12 +96,12 @@ def train(
     TrainingError
         When the loss or a gradient is no longer finite.
     """
-    frozen = slots.frozen_slots(job.resident, job.trained)
     parameters = session.parameters()
+    wanted = slots.names_of(job.trained, parameters)
     optimizer = AdamW(
         {
-            name: job.router_learning_rate if name.endswith(".router") else job.learning_rate
-            for name in parameters
+            name: job.router_learning_rate if ".router." in name else job.learning_rate
+            for name in wanted
         }
     )
     losses: list[float] = []
@@ -111,14 +111,10 @@ def train(
             continue  # rows too short to hold an answer: the loss would be 0 / 0
         loss, routed = session.forward_backward(batch)
         gradients = session.gradients()
-        for layer, still in frozen.items():
-            for name, gradient in gradients.items():
-                if still and name.startswith(f"layers.{layer}."):
-                    gradient[still] = 0
         norm = optimizer.step(parameters, gradients)
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise TrainingError(f"step {len(losses) + 1}: loss {loss}, gradient norm {norm}")
-        sums.add_routed(routed, frozen)
+        sums.add_routed(routed, job.trained)
         losses.append(loss)
     if not losses:
         raise TrainingError("no step could be made: every row is too short")
@@ -139,7 +135,7 @@ def work(
 
     Parameters
     ----------
-    adapter : slot arrays to start from
+    adapter : global names, what the slots start from
     check : called between batches; raises `Abandoned` to stop
 
     Notes
@@ -169,13 +165,16 @@ def work(
             session.load(adapter)
             data = training_batches(prompts, train_rows, job.steps, rng)
             losses = train(session, data, job, sums, check)
-            trained = {name: value.copy() for name, value in session.parameters().items()}
+            after_training = {n: value.copy() for n, value in session.parameters().items()}
         finally:
             session.close()
-        tensors, steps = slots.global_tensors(trained, job.resident, job.trained), job.steps
+        steps = job.steps
+        tensors = {n: after_training[n] for n in slots.names_of(job.trained, after_training)}
         reader = backend.open_evaluate(artifact, job.resident)
         try:
-            after = evaluate(reader, trained, evaluation_batches(prompts, held_back), first, check)
+            after = evaluate(
+                reader, after_training, evaluation_batches(prompts, held_back), first, check
+            )
         finally:
             reader.close()
     return Result(

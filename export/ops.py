@@ -119,9 +119,7 @@ def _expert(x: Tensor, slot: Sequence[Tensor], activation: int, gated: bool) -> 
     return h @ down.t() + (h @ down_a.t()) @ down_b.t() * lora.SCALE
 
 
-def reference(
-    x: Tensor, weight: Tensor, slot: Tensor, *layer: Any
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, weight: Tensor, slot: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
     """The routed experts in differentiable torch: y [T, d] and the norm of every expert's output [T, k]."""
     outputs = torch.zeros(*weight.shape, x.shape[1], dtype=x.dtype)
     for p, parts in enumerate(_slots(layer, x.shape[1])):

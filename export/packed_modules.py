@@ -52,7 +52,9 @@ class PackedEmbedding(nn.Module):
 STAND_INS = ((nn.Linear, PackedLinear), (nn.Embedding, PackedEmbedding))
 
 
-def replace_packed(model: nn.Module, packed: Mapping[str, object], format: str) -> dict[str, nn.Module]:
+def replace_packed(
+    model: nn.Module, packed: Mapping[str, object], format: str
+) -> dict[str, nn.Module]:
     """Put stand-ins where a packed weight belongs; returns name of the weight -> its stand-in.
 
     Raises

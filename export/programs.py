@@ -40,7 +40,14 @@ def shape_key(base: BaseIndex, shape: Shape) -> str:
 def _source_hash() -> str:
     """Changes whenever the code that draws the graph does."""
     folder = Path(__file__).parent
-    named = ("train_graph", "routed_experts", "packed_modules", "ops", "graph_passes", "to_executorch")
+    named = (
+        "train_graph",
+        "routed_experts",
+        "packed_modules",
+        "ops",
+        "graph_passes",
+        "to_executorch",
+    )
     files = [folder / f"{name}.py" for name in named] + sorted((folder / "families").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

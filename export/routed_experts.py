@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from export import ops
+from export import adapter_experts, ops
 from export.families.family import Family
 from protocol import packing
 from protocol.manifest import BaseIndex, Slot
@@ -39,26 +39,40 @@ class RoutedExperts(nn.Module):
         logits = torch.mm(x, (bound["router_rows"] + bound["router"]).t())
         extra = {name: bound[f"router_rows.{name}"] for name in self.family.router_extra}
         weight, slot = self.family.route(logits, extra, config)
-        first, second = self.base.projections
-        layer = (
-            *(bound[f"{p}.{part}"] for p in (first, second) for part in ("packed", "scale")),
-            *(bound[f"{p}.{part}"] for p in (first, second) for part in ("a", "b")),
-            [packing.FORMATS.index(s.format) for s in self.slots],
-            [s.rank for s in self.slots],
-            ops.ACTIVATIONS.index(self.family.activation(config)),
-            self.base.intermediate,
-            first == "gate_up",
-        )
         if "router_all" in bound:
-            y, norms = torch.ops.expertfleet.routed_experts_norms(x, weight, slot, *layer)
+            y, norms = self._experts(x, weight, slot, norms=True)
             self._statistics(x, weight, slot, norms)
         else:
-            y, _ = torch.ops.expertfleet.routed_experts(x, weight, slot, *layer)
+            y, _ = self._experts(x, weight, slot, norms=False)
             self.seen = {"routed": self._spread(slot).sum(0)}
         y = y.view(hidden.shape)
         if self.family.shared is not None:
             y = y + self.family.shared(self.block, hidden)
         return y
+
+    def _experts(
+        self, x: Tensor, weight: Tensor, slot: Tensor, *, norms: bool
+    ) -> tuple[Tensor, Tensor]:
+        """y [T, d], and with `norms` the norm of each routed expert's output [T, k]."""
+        bound, widths = self.given, [s.rank for s in self.slots]
+        if self.base.projections == ("adapter",):
+            factors = bound["adapter.a"], bound["adapter.b"], widths
+            y = adapter_experts.adapter_experts(x, weight, slot, *factors)
+            return y, adapter_experts.output_norms(x, slot, *factors) if norms else weight
+        first, second = self.base.projections
+        layer = (
+            *(bound[f"{p}.{part}"] for p in (first, second) for part in ("packed", "scale")),
+            *(bound[f"{p}.{part}"] for p in (first, second) for part in ("a", "b")),
+            [packing.FORMATS.index(s.format) for s in self.slots],
+            widths,
+            ops.ACTIVATIONS.index(self.family.activation(self.base.config)),
+            self.base.intermediate,
+            first == "gate_up",
+        )
+        operators = torch.ops.expertfleet
+        run = operators.routed_experts_norms if norms else operators.routed_experts
+        y, second_output = run(x, weight, slot, *layer)
+        return y, second_output
 
     def _spread(self, slot: Tensor) -> Tensor:
         """[T * k, P]: 1 where a valid token is sent."""

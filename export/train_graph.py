@@ -7,7 +7,6 @@ Which inputs, in which order and of which shape: `protocol.manifest.Program`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ def dense_names(model: nn.Module, base: BaseIndex, family: Family) -> dict[str, 
     """Name -> shape of every tensor that is neither expert nor router; a tied head is not listed."""
     blocks = tuple(family.block.format(layer=layer) + "." for layer in base.moe_layers)
     routers = (family.router, *family.router_extra.values())
-    routed = {name.format(layer=layer) for layer in base.moe_layers for name in routers}
+    routed = {name.format(layer=layer) for layer in base.moe_layers for name in routers if name}
     experts = tuple(f"{block}experts." for block in blocks)
     tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
     return {
@@ -131,7 +130,9 @@ class SubModel(nn.Module):
 
     def _loss(self, given: dict[str, Tensor]) -> Tensor:
         logits = self._logits(given)
-        target = (given["targets"].reshape(-1, 1) == torch.arange(logits.shape[-1])).to(logits.dtype)
+        target = (given["targets"].reshape(-1, 1) == torch.arange(logits.shape[-1])).to(
+            logits.dtype
+        )
         nll = -(F.log_softmax(logits, -1) * target).sum(-1, keepdim=True)
         share = given["weights"].reshape(-1, 1)
         return (nll * share).sum() / share.sum().clamp(min=1e-9)
@@ -227,12 +228,12 @@ def capture(model: SubModel) -> ExportedProgram:
     inputs = example(model.specs)
     with torch.no_grad():
         # Not fake are the rotary tables: constants of the graph.
-        trace = make_fx(lambda *given: model(*given), tracing_mode="fake", _allow_non_fake_inputs=True)
+        trace = make_fx(
+            lambda *given: model(*given), tracing_mode="fake", _allow_non_fake_inputs=True
+        )
         graph = trace(*inputs)
         program = export(graph, inputs, strict=False).run_decompositions()
     graph_passes.simplify(program)
     if not model.evaluate:
         graph_passes.recompute_cheap(program)
     return program
-
-

@@ -14,7 +14,9 @@ PROJECTIONS = ("gate_up", "up", "down", "adapter")
 Factor = Literal["lora_A", "lora_B"]
 FACTORS: tuple[Factor, ...] = ("lora_A", "lora_B")
 
-_LORA = re.compile(r"layers\.(\d{1,4})\.experts\.(\d{1,5})\.(gate_up|up|down|adapter)\.(lora_A|lora_B)")
+_LORA = re.compile(
+    r"layers\.(\d{1,4})\.experts\.(\d{1,5})\.(gate_up|up|down|adapter)\.(lora_A|lora_B)"
+)
 _ROUTER = re.compile(r"layers\.(\d{1,4})\.router\.(\d{1,5})")
 
 

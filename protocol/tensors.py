@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -50,3 +53,36 @@ def decode(data: bytes, max_bytes: int = 1 << 30) -> dict[str, NDArray[Any]]:
         return dict(load(data))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TensorError(f"not a safetensors file: {error}") from error
+
+
+DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I64": np.int64}
+
+
+def mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a file as read-only views over its mapping: memory that the system can drop and read again.
+
+    Raises
+    ------
+    TensorError
+        No file, not safetensors, or a dtype that is not ours.
+    """
+    try:
+        with safe_open(str(path), framework="numpy"):
+            pass  # checks the header: names, ranges, sizes
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(memory[:8], "little")
+        header = json.loads(memory[8:start])
+        arrays = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            offset = start + entry["data_offsets"][0]
+            flat = np.frombuffer(memory, dtype, math.prod(shape), offset)
+            arrays[name] = flat.reshape(shape)
+        return arrays
+    except OSError as error:
+        raise TensorError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise TensorError(f"{path}: not a safetensors file of ours: {error}") from error

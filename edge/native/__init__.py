@@ -35,7 +35,15 @@ LIBRARIES = (
     *("executorch_threadpool", "executorch_backend_xnnpack"),
 )
 MAX_DIMS = 8
-DTYPES = {0: np.uint8, 1: np.int8, 3: np.int32, 4: np.int64, 5: np.float16, 6: np.float32, 11: np.bool_}
+DTYPES = {
+    0: np.uint8,
+    1: np.int8,
+    3: np.int32,
+    4: np.int64,
+    5: np.float16,
+    6: np.float32,
+    11: np.bool_,
+}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 ROOM = 512
 
@@ -177,7 +185,9 @@ class Program:
             self._handle, method.encode(), given, len(inputs), message, ROOM
         ):
             raise NativeError(message.value.decode(errors="replace"))
-        return [self._output(i) for i in range(self._library.expertfleet_output_count(self._handle))]
+        return [
+            self._output(i) for i in range(self._library.expertfleet_output_count(self._handle))
+        ]
 
     def _output(self, index: int) -> NDArray[Any]:
         found = _Array()
@@ -195,4 +205,3 @@ class Program:
         if self._handle:
             self._library.expertfleet_close(self._handle)
             self._handle = None
-
