@@ -37,7 +37,8 @@ class RoutedExperts(nn.Module):
         """[batch, sequence, d] -> the same shape."""
         x, bound, config = hidden.reshape(-1, hidden.shape[-1]), self.given, self.base.config
         logits = torch.mm(x, (bound["router_rows"] + bound["router"]).t())
-        extra = {name: bound[f"router_rows.{name}"] for name in self.family.router_extra}
+        rows = "router_rows."
+        extra = {n.removeprefix(rows): t for n, t in bound.items() if n.startswith(rows)}
         weight, slot = self.family.route(logits, extra, config)
         if "router_all" in bound:
             y, norms = self._experts(x, weight, slot, norms=True)

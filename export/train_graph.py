@@ -63,6 +63,7 @@ class SubModel(nn.Module):
     def __init__(self, base: BaseIndex, family: Family, shape: Shape, evaluate: bool) -> None:
         super().__init__()
         model = skeleton(base)
+        family.adapt(model)
         dense = dense_names(model, base, family)
         packed = {name: s for name, s in dense.items() if packing.packs(s)}
         self.base, self.family, self.shape, self.evaluate = base, family, shape, evaluate
@@ -126,7 +127,8 @@ class SubModel(nn.Module):
         else:
             matrix = given[f"dense.{self.head}.packed"], given[f"dense.{self.head}.scale"]
             logits = ops.packed_linear(answers, *matrix, self.shape.dense, self.base.vocabulary)
-        return self.family.logits(logits, self.base.config)
+        factor = self.family.logit_scale(self.base.config)
+        return logits if factor == 1.0 else logits * factor
 
     def _loss(self, given: dict[str, Tensor]) -> Tensor:
         logits = self._logits(given)
@@ -204,7 +206,9 @@ def _layer_specs(
     base: BaseIndex, family: Family, prefix: str, slots: Sequence[Slot], evaluate: bool
 ) -> list[TensorSpec]:
     floats: list[tuple[str, tuple[int, ...]]] = [("router_rows", (len(slots), base.hidden))]
-    floats += [(f"router_rows.{name}", (len(slots),)) for name in family.router_extra]
+    made = {name: tuple(value.shape[1:]) for name, value in family.router_made(base.config).items()}
+    for name, rest in (dict.fromkeys(family.router_extra, ()) | made).items():
+        floats.append((f"router_rows.{name}", (len(slots), *rest)))
     if evaluate:
         floats += [
             ("router_all", (base.num_experts, base.hidden)),

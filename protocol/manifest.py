@@ -94,8 +94,9 @@ class Program:
     `positions` int64 [B, K] (flat index b * S + s of the token whose next token is scored), `targets` int64 [B, K],
     `weights` float32 [B, K]. Then `dense.<name>` as the dense blob has them (`.packed` uint8, `.scale` float16, else
     float32), and per MoE layer l: `layers.l.router_rows` float32 [P, d], and for each projection
-    `layers.l.{projection}.packed` uint8 [bytes] and `.scale` float16 [groups]: the slots' blobs, flat, one after the other.
-    `evaluate` also takes `layers.l.router_all` float32 [E, d] and `layers.l.resident` float32 [E]. Last the `parameters`.
+    `layers.l.{projection}.packed` uint8 [bytes] and `.scale` float16 [groups]: the slots' blobs, flat, one after the
+    other. `evaluate` also takes `layers.l.router_all` float32 [E, d] and `layers.l.resident` float32 [E]. Last come the
+    `parameters`.
 
     `parameters` (the adapter of the resident experts): `layers.l.{projection}.a` float32 [sum of rank * in], the slots'
     lora_A [rank, in] flat, one after the other; `layers.l.{projection}.b` the same of lora_B [out, rank];
