@@ -24,10 +24,10 @@ class ArtifactError(ValueError):
     """A store that cannot be built. One line."""
 
 
-def key(base: Path, artifact: Artifact, profiles: dict[str, float]) -> str:
+def key(base: Path, artifact: Artifact, steps: int, profiles: dict[str, float]) -> str:
     """Hash of all that the store is made from: checkpoint, shape, profiles, scales, the code that builds it."""
     digest = hashlib.sha256()
-    settings = {"artifact": asdict(artifact), "profiles": profiles}
+    settings = {"artifact": asdict(artifact), "steps": steps, "profiles": profiles}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     files = [p for p in base.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors")]
     for folder in _SOURCES:
@@ -39,11 +39,11 @@ def key(base: Path, artifact: Artifact, profiles: dict[str, float]) -> str:
 
 
 def _commands(
-    base: Path, artifact: Artifact, profiles: dict[str, float], out: Path, at_once: int
+    base: Path, artifact: Artifact, steps: int, profiles: dict[str, float], out: Path, at_once: int
 ) -> Iterator[tuple[str, list[str]]]:
     """(name, command) of `at_once` builders.
 
-    A builder lowers a shape once, and profiles of the same budget have the same shape: they go to one builder.
+    A builder lowers a shape once, and profiles of the same budget mostly have the same shape: they go to one builder.
     """
     by_budget: dict[int, list[str]] = {}
     for profile, scale in profiles.items():
@@ -52,7 +52,7 @@ def _commands(
     hands: list[list[str]] = [[] for _ in range(min(at_once, len(by_budget)))]
     for index, budget in enumerate(sorted(by_budget, reverse=True)):
         hands[index % len(hands)] += by_budget[budget]
-    shape = []
+    shape = ["--steps", str(steps)]
     for flag in ("rank", "sequence", "batch", "answers"):
         shape += [f"--{flag}", str(getattr(artifact, flag))]
     for index, names in enumerate(hands):
@@ -67,6 +67,7 @@ def build(
     processes: Processes,
     base: Path,
     artifact: Artifact,
+    steps: int,
     profiles: dict[str, float],
     cache: Path,
     at_once: int,
@@ -75,6 +76,7 @@ def build(
 
     Parameters
     ----------
+    steps : of a round; the planner has an eye on its time
     profiles : profile -> scale of its budget
     at_once : int
         Builders that run side by side, each with its share of the profiles.
@@ -89,7 +91,7 @@ def build(
         With the builder's own line: a budget that is too small, a checkpoint that is no MoE.
     """
     try:
-        store = cache / f"store-{key(base, artifact, profiles)}"
+        store = cache / f"store-{key(base, artifact, steps, profiles)}"
     except OSError as error:
         raise ArtifactError(f"{base}: cannot be read: {error.strerror}") from error
     if store.is_dir():
@@ -98,7 +100,7 @@ def build(
     shutil.rmtree(partial, ignore_errors=True)
     running = [
         processes.start(name, command, environment={"OMP_NUM_THREADS": "1"})
-        for name, command in _commands(base, artifact, profiles, partial, at_once)
+        for name, command in _commands(base, artifact, steps, profiles, partial, at_once)
     ]
     while running:
         done = next((child for child in running if child.ended is not None), None)

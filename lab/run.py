@@ -146,6 +146,7 @@ def cut(
             processes,
             args.base,
             artifact,
+            chosen.server.steps,
             chosen.profiles,
             args.cache.resolve(),
             at_once=os.cpu_count() or 1,

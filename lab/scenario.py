@@ -21,9 +21,9 @@ class ScenarioError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """The shape that every program of the run is built for; see `export.build`."""
+    """What every program of the run has in common; see `export.build`."""
 
-    rank: int = 4
+    rank: int = 4  # the largest; the planner gives each expert this, half of it, or none
     answers: int = 2
     sequence: int = 0  # 0: what nine of ten rows need
     batch: int = 0  # 0: as many rows as make `tokens`

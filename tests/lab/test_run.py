@@ -119,15 +119,16 @@ def test_server_address_is_read_from_its_log(tmp_path):
 
 def test_cache_key_changes_with_all_that_matters(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    one = artifacts.key(tmp_path, Artifact(), {"pixel_8": 0.5})
-    assert one == artifacts.key(tmp_path, Artifact(), {"pixel_8": 0.5})
+    one = artifacts.key(tmp_path, Artifact(), 5, {"pixel_8": 0.5})
+    assert one == artifacts.key(tmp_path, Artifact(), 5, {"pixel_8": 0.5})
     others = [
-        artifacts.key(tmp_path, Artifact(rank=8), {"pixel_8": 0.5}),
-        artifacts.key(tmp_path, Artifact(), {"pixel_8": 0.6}),
+        artifacts.key(tmp_path, Artifact(rank=8), 5, {"pixel_8": 0.5}),
+        artifacts.key(tmp_path, Artifact(), 6, {"pixel_8": 0.5}),
+        artifacts.key(tmp_path, Artifact(), 5, {"pixel_8": 0.6}),
     ]
     (tmp_path / "model.safetensors").write_bytes(b"2")
-    others.append(artifacts.key(tmp_path, Artifact(), {"pixel_8": 0.5}))
-    assert len({one, *others}) == 4
+    others.append(artifacts.key(tmp_path, Artifact(), 5, {"pixel_8": 0.5}))
+    assert len({one, *others}) == 5
 
 
 def test_a_failed_build_leaves_no_store(tmp_path):
@@ -141,7 +142,7 @@ def test_a_failed_build_leaves_no_store(tmp_path):
         pytest.raises(artifacts.ArtifactError, match=r"^export\.build: "),
     ):
         artifacts.build(
-            processes, base, Artifact(sequence=32, batch=2), {"pixel_8": 1.0}, tmp_path, 1
+            processes, base, Artifact(sequence=32, batch=2), 5, {"pixel_8": 1.0}, tmp_path, 1
         )
     assert not [p for p in tmp_path.glob("store-*") if not p.name.endswith(".partial")]
 
@@ -163,7 +164,7 @@ def test_the_lab_itself_imports_no_torch():
 
 def test_profiles_of_one_budget_go_to_one_builder(tmp_path):
     profiles = {"pixel_8": 0.5, "phone_4gb": 0.25, "jetson_orin": 0.1, "galaxy_s24": 0.5}
-    commands = dict(artifacts._commands(tmp_path, Artifact(), profiles, tmp_path, 2))
+    commands = dict(artifacts._commands(tmp_path, Artifact(), 5, profiles, tmp_path, 2))
     hands = [
         [words[i + 1] for i, word in enumerate(words) if word == "--profile"]
         for words in commands.values()
@@ -175,4 +176,4 @@ def test_profiles_of_one_budget_go_to_one_builder(tmp_path):
         if commands["build-0"][i - 1] == "--scale-budget"
     ]
     assert scales == ["0.1", "0.25"]
-    assert len(dict(artifacts._commands(tmp_path, Artifact(), profiles, tmp_path, 16))) == 3
+    assert len(dict(artifacts._commands(tmp_path, Artifact(), 5, profiles, tmp_path, 16))) == 3
