@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lab import fleet, outcome
+from lab import fleet, history, outcome
 from lab.dataset import Split
 from lab.fleet import Plan
-from lab.outcome import HistoryError
+from lab.history import HistoryError
 from lab.processes import Processes
 from lab.scenario import Scenario
 from protocol import manifest
@@ -41,7 +41,7 @@ def train_centrally(processes: Processes, plan: Plan, chosen: Scenario, console:
         raise ConclusionError("--ceiling: PEFT cannot train the adapter experts of this base")
     built = manifests(plan, chosen)
     rank = max(slot.rank for m in built.values() for layer in m.shape.slots for slot in layer)
-    samples = outcome.samples(_history(plan), _batches(built))
+    samples = history.samples(_history(plan), _batches(built))
     with console.status(f"training the whole base centrally with {samples} samples ..."):
         child = processes.run(
             "central",
@@ -69,7 +69,7 @@ def _batches(built: Mapping[str, Manifest]) -> dict[str, int]:
 def _history(plan: Plan) -> list[dict[str, Any]]:
     path = plan.state / "history.jsonl"
     try:
-        return outcome.parse_history(path.read_text(encoding="utf-8"), str(path))
+        return history.parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise HistoryError(f"{path}: {error.strerror}") from error
 

@@ -5,17 +5,14 @@ Letters: L MoE layers, E experts per layer, V adapter versions.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-class HistoryError(ValueError):
-    """A history that cannot be read. One line."""
+from lab.history import HistoryError, accuracies, samples, trained_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,52 +122,6 @@ def kind_order(kind: str) -> tuple[int, str]:
     return -int(rank), "" if format == "int8" else format
 
 
-def parse_history(text: str, where: str) -> list[dict[str, Any]]:
-    """One dict per closed round; raises HistoryError. A last line cut short by a crash is left out."""
-    lines = text.splitlines()
-    rounds = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise HistoryError(f"{where}:{number}: not JSON") from error
-        if not isinstance(entry, dict) or not {"round", "work", "devices"} <= set(entry):
-            raise HistoryError(f"{where}:{number}: no line of a history")
-        rounds.append(entry)
-    return rounds
-
-
-def _measured(value: float) -> float | None:
-    return None if value < 0 else value
-
-
-def _accuracies(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
-    """Adapter version -> accuracy of the device with it, before it trained further."""
-    found: dict[int, float] = {}
-    start = 0  # every round works from the version that the one before it made
-    for entry in history:
-        facts = entry["devices"].get(name)
-        if facts is not None:
-            value = _measured(facts["accuracy_before"])
-            if value is not None:
-                found.setdefault(start, value)
-        start = entry["version"]
-    return found
-
-
-def _trained(
-    history: Iterable[dict[str, Any]], name: str, layers: Sequence[int], experts: int
-) -> NDArray[np.int64]:
-    counts = np.zeros((len(layers), experts), dtype=np.int64)
-    for entry in history:
-        if entry["work"] == "train" and name in entry["devices"]:
-            for layer, ids in entry["devices"][name]["trained"].items():
-                counts[list(layers).index(int(layer)), list(ids)] += 1
-    return counts
-
-
 def _device(
     name: str,
     history: Sequence[dict[str, Any]],
@@ -183,7 +134,7 @@ def _device(
     facts = [f for _, f in mine]
     training = [f for e, f in mine if e["work"] == "train"]
     last = (training or facts)[-1]
-    found = _accuracies(history, name)
+    found = accuracies(history, name)
     return DeviceOutcome(
         name=name,
         profile=last["profile"],
@@ -202,16 +153,6 @@ def _device(
         updates=len(training),
         accuracy=tuple(found.get(version) for version in range(versions)),
         missed_mass=float(np.mean(last["missed_mass"])),
-    )
-
-
-def samples(history: Sequence[dict[str, Any]], batch: Mapping[str, int]) -> int:
-    """Rows trained on over all devices and rounds, with repeats; `batch` as in `gather`."""
-    return sum(
-        facts["steps"] * batch[facts["profile"]]
-        for entry in history
-        if entry["work"] == "train"
-        for facts in entry["devices"].values()
     )
 
 
@@ -277,7 +218,7 @@ def gather(
             ),
             global_accuracy=tuple(scores.get(version) for version in range(versions)),
             ceiling=ceiling,
-            trained_rounds={n: _trained(history, n, layers, experts) for n in names},
+            trained_rounds={n: trained_rounds(history, n, layers, experts) for n in names},
             seconds=seconds,
             seconds_building=seconds_building,
         )

@@ -27,8 +27,8 @@ from lab.cgroups import memory_groups
 from lab.conclude import ConclusionError
 from lab.dataset import DataError
 from lab.fleet import Plan
+from lab.history import HistoryError
 from lab.live import View
-from lab.outcome import HistoryError
 from lab.prepare import FolderError
 from lab.processes import ProcessError, Processes
 from lab.scenario import Scenario, ScenarioError

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lab import live, outcome, report
-from lab.outcome import HistoryError
+from lab import history, live, outcome, report
+from lab.history import HistoryError
 
 FACTS = {
     "profile": "pixel_8",
@@ -113,13 +113,13 @@ def test_sums_peaks_and_experts(result):
 
 
 def test_not_measured_is_not_zero():
-    history = [
+    rounds = [
         line(0, "profile", 0, {"a": facts(-1.0)}),
         line(1, "train", 1, {"a": facts(-1.0, 2)}),
     ]
     found = outcome.gather(
         name="t", data="d", test_rows=0, labels=1, batch={"pixel_8": 1}, layers=(0, 1), experts=3,
-        history=history, scores={}, predicted={}, slots={},
+        history=rounds, scores={}, predicted={}, slots={},
     )  # fmt: skip
     assert found.devices[0].before is None
     assert found.devices[0].after is None
@@ -129,11 +129,11 @@ def test_not_measured_is_not_zero():
 
 def test_history_text_is_checked():
     good = json.dumps(HISTORY[0])
-    assert len(outcome.parse_history(f"{good}\n{good[:40]}", "h")) == 1  # cut by a crash
+    assert len(history.parse(f"{good}\n{good[:40]}", "h")) == 1  # cut by a crash
     with pytest.raises(HistoryError, match="h:1: not JSON"):
-        outcome.parse_history(f"{{\n{good}", "h")
+        history.parse(f"{{\n{good}", "h")
     with pytest.raises(HistoryError, match="no line of a history"):
-        outcome.parse_history("[]\n", "h")
+        history.parse("[]\n", "h")
 
 
 def test_history_without_updates_or_with_a_key_missing_is_refused():
