@@ -85,7 +85,7 @@ class Family:
     activation : config -> silu | gelu | gelu_tanh | relu
     fresh_router : (layer, config) -> our own router [E, d], where the checkpoint has none; `router` is then not used
     adapt : called on the skeleton; puts modules that can be exported where transformers has others. Names stay
-    logit_scale : config -> what the head's output is multiplied by
+    logits : (what the head gives, config) -> logits, for families that scale or cap them
     """
 
     model_type: str
@@ -106,7 +106,7 @@ class Family:
     shared: Callable[[nn.Module, Tensor], Tensor] | None = None
     activation: Callable[[Config], str] = lambda config: config["hidden_act"]
     adapt: Callable[[nn.Module], None] = plain_activations
-    logit_scale: Callable[[Config], float] = lambda config: 1.0
+    logits: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits
     projections: tuple[str, ...] = ("gate_up", "down")
     architecture: str = "causal"
     hidden: Callable[[Config], int] = lambda config: int(config["hidden_size"])

@@ -22,7 +22,7 @@ FAMILY = Family(
     moe_layers=every_layer,
     # A softmax over the k largest logits is the softmax over all, renormalised.
     route=softmax_top_k(TOP_K, lambda config: True),
-    logit_scale=lambda config: 1 / config["logits_scaling"],
+    logits=lambda logits, config: logits / config["logits_scaling"],
     peft=peft_layout(
         experts=f"{BLOCK}.experts",
         router=f"{BLOCK}.router.weight",

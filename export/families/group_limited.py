@@ -29,7 +29,8 @@ def allowed(score: Tensor, group: Tensor, best: int, chosen: int) -> Tensor:
     ----------
     score : [T, P]
     group : [P, G], one-hot
-    best : a group's score is the sum of that many of its residents' best scores, with 0 for those it has too few of
+    best : a group's score is the mean of that many of its residents' best scores, or of as many as it has: in the whole
+        model, where every group has enough, the same order as DeepSeek's sum
     chosen : groups per token; one without residents is never preferred
 
     Returns
@@ -38,14 +39,16 @@ def allowed(score: Tensor, group: Tensor, best: int, chosen: int) -> Tensor:
 
     Examples
     --------
-    >>> allowed(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0], [1, 0], [0, 1]]), 2, 1).tolist()
+    >>> allowed(torch.tensor([[1.0, 4.0, 3.0]]), torch.tensor([[1.0, 0], [1, 0], [0, 1]]), 2, 1).tolist()
     [[0.0, 0.0, 1.0]]
     """
     slots, groups = group.shape
     by_group = torch.where(group.t().unsqueeze(0) > 0, score.unsqueeze(1), ABSENT)  # [T, G, P]
     top = torch.topk(by_group, min(best, slots), -1).values
     there = top > ABSENT / 2
-    total = torch.where(there, top, 0.0).sum(-1) + torch.where(there[..., 0], 0.0, ABSENT)
-    index = torch.topk(total, min(chosen, groups), -1).indices
+    count = there.to(score.dtype).sum(-1)
+    mean = torch.where(there, top, 0.0).sum(-1) / count.clamp(min=1.0)
+    mean = torch.where(count > 0, mean, ABSENT)
+    index = torch.topk(mean, min(chosen, groups), -1).indices
     picked = (index.unsqueeze(-1) == torch.arange(groups)).to(score.dtype).sum(-2)  # [T, G]
     return torch.mm(picked, group.t())

@@ -44,7 +44,7 @@ def gate_of(model: nn.Module, family: Family, layer: int) -> nn.Module:
 
 @contextlib.contextmanager
 def masked(model: nn.Module, family: Family, resident: Resident) -> Iterator[None]:
-    """Within it absent experts have a router logit of minus infinity, and no selection bias."""
+    """Within it absent experts have a router logit of minus infinity, and a selection bias that nothing makes up for."""
     absent, saved, linear = {}, [], F.linear
     for layer, held in resident.items():
         gate = gate_of(model, family, layer)
@@ -54,7 +54,7 @@ def masked(model: nn.Module, family: Family, resident: Resident) -> Iterator[Non
         bias = getattr(gate, "e_score_correction_bias", None)
         if bias is not None:
             saved.append((bias, bias.clone()))
-            bias[out] = 0.0
+            bias[out] = -1e4
 
     def patched(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None

@@ -7,7 +7,7 @@ from export import families
 from export.families import FamilyError, group_limited
 from tests.export.families import reference, tiny
 
-HELD = {6: (5, 0, 3), 8: (6, 1, 0, 3, 7)}  # of 8: groups {0, 1}, {3}, {6, 7}
+HELD = {6: (5, 0, 3), 8: (6, 1, 0, 7)}  # of 8: two whole groups of four
 
 
 def spread(weight, slot, experts, held=None):
