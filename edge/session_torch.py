@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from edge import slots
 from edge.session import (
     Artifact,
     Batch,
@@ -25,7 +24,7 @@ from edge.session import (
     SessionError,
     TrainSession,
 )
-from edge.submoe_torch import SubMoe, build, slot_view
+from edge.submoe_torch import SubMoe, build
 
 _Routing = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], float]
 
@@ -35,12 +34,9 @@ class TorchSession:
 
     def __init__(self, model: SubMoe, artifact: Artifact, resident: Resident) -> None:
         self._model, self._resident = model, resident
-        self._rank, self._top_k = artifact.manifest.shape.rank, artifact.base.top_k
-        self._values = {
-            name: slot_view(name, p.detach().numpy(), self._rank)
-            for name, p in model.trained.items()
-        }
-        for parameter in model.trained.values():
+        self._top_k = artifact.base.top_k
+        self._values = model.views(lambda parameter: parameter.detach().numpy())
+        for parameter in model.trained():
             parameter.requires_grad_(True)
 
     def load(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
@@ -72,7 +68,7 @@ class TorchSession:
 
             hooks.append(block.experts.register_forward_hook(count))
         try:
-            for parameter in self._model.trained.values():
+            for parameter in self._model.trained():
                 parameter.grad = None
             logits = self._model.head(self._hidden(batch))
             nll = F.cross_entropy(
@@ -88,12 +84,10 @@ class TorchSession:
 
     def gradients(self) -> FloatArrays:
         """See `TrainSession`."""
-        gradients = {}
-        for name, parameter in self._model.trained.items():
+        for parameter in self._model.trained():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients[name] = slot_view(name, parameter.grad.numpy(), self._rank)
-        return gradients
+        return self._model.views(lambda parameter: parameter.grad.numpy())
 
     def evaluate(
         self, batch: Batch, adapter: Mapping[str, NDArray[np.float32]]
@@ -105,23 +99,16 @@ class TorchSession:
         norms: dict[int, NDArray[np.float32]] = {}
         hooks = []
         for layer, block in self._model.blocks.items():
-            full = torch.from_numpy(
-                slots.with_deltas(
-                    self._model.router_all[layer],
-                    adapter[f"layers.{layer}.router"],
-                    self._resident[layer],
-                )
-            )
 
             def route(
                 module: nn.Module,
                 args: Any,
                 output: Any,
                 layer: int = layer,
-                full: torch.Tensor = full,
             ) -> None:
                 hidden = args[0].reshape(-1, args[0].shape[-1])
-                partial[layer] = _routing(hidden, full, valid, self._top_k, self._resident[layer])
+                g = self._model.probabilities(layer, hidden)
+                partial[layer] = _routing(g, valid, self._top_k, self._resident[layer])
 
             def weigh(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
                 hidden, chosen, weights = args[:3]
@@ -155,14 +142,12 @@ class TorchSession:
 
 
 def _routing(
-    hidden: torch.Tensor,
-    router: torch.Tensor,
+    g: torch.Tensor,
     valid: torch.Tensor,
     top_k: int,
     resident: tuple[int, ...],
 ) -> _Routing:
-    """(mass, top, g log g, missed) of the full router [E, d] over hidden states [T, d]."""
-    g = torch.softmax(hidden @ router.T, -1)
+    """(mass, top, g log g, missed) of the full router's distribution [T, E]."""
     top = torch.zeros_like(g).scatter(1, g.topk(top_k, -1).indices, 1.0) * g
     log = torch.where(g > 0, g * torch.log(g), torch.zeros_like(g))
     missed = ((1 - g[:, list(resident)].sum(-1)) * valid).sum()

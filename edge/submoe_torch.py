@@ -1,7 +1,7 @@
 """A sub-MoE as an ordinary transformers model with stock PEFT LoRA, built from the blobs on the device.
 
 The slow reference: it knows the blobs, the names and the LoRA layout, and nothing of the exported programs.
-Letters: E experts, P slots of a layer, R rank, d hidden, T tokens.
+Letters: E experts, P slots of a layer, R the largest rank, r a slot's rank, d hidden, T tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edge import slots
-from edge.session import Artifact, Resident, SessionError
-from protocol import int4, lora, names
-from protocol.manifest import Blob
+from edge.grouped_router_torch import GroupedRouter
+from edge.session import Artifact, FloatArrays, Resident, SessionError
+from protocol import lora, names, packing
+from protocol.manifest import BaseIndex, Blob, Shape
+
+Arrays = dict[str, NDArray[Any]]
 
 
 class Moved(nn.Module):  # type: ignore[misc]
@@ -40,26 +42,72 @@ class Moved(nn.Module):  # type: ignore[misc]
 
 @dataclass
 class MoeBlock:
-    """The parts of one MoE layer: where tokens are routed, what to, and the wrapper PEFT put around that."""
+    """The parts of one MoE layer: where tokens are routed, what to, and the wrapper PEFT put around that.
+
+    `factors` is projection -> PEFT's (lora_A.weight [P * R, in], lora_B.weight [out, R * P]).
+    """
 
     gate: nn.Module
     experts: nn.Module
     outer: nn.Module
     delta: nn.Parameter
+    factors: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    router_all: NDArray[np.float32]
 
 
 @dataclass
 class SubMoe:
-    """The model (`body` gives hidden states, `head` logits), its MoE blocks by layer, and its trained arrays."""
+    """The model (`body` gives hidden states, `head` logits) and its MoE blocks by layer."""
 
     body: nn.Module
-    head: nn.Module
+    head: Callable[[torch.Tensor], torch.Tensor]
     blocks: dict[int, MoeBlock]
-    trained: dict[str, nn.Parameter]
-    router_all: dict[int, NDArray[np.float32]]
+    resident: Resident
+    shape: Shape
+    moe_layers: tuple[int, ...]
+    sigmoid: bool  # the router's probabilities are sigmoids, not a softmax
+
+    def trained(self) -> list[nn.Parameter]:
+        """Everything that a step may change."""
+        factors = [p for b in self.blocks.values() for pair in b.factors.values() for p in pair]
+        return factors + [block.delta for block in self.blocks.values()]
+
+    def views(self, array: Callable[[nn.Parameter], NDArray[np.float32]]) -> FloatArrays:
+        """Global names -> views of what `array` gives of the parameters, the value or the gradient.
+
+        Rows of PEFT's factors beyond a slot's rank have no name: they are zero, and so stay their gradients.
+        """
+        found: FloatArrays = {}
+        for layer, slots in zip(self.moe_layers, self.shape.slots, strict=True):
+            block, count = self.blocks[layer], len(slots)
+            for projection, (a, b) in block.factors.items():
+                # lora_A.weight has row p * R + j = A_p[j], lora_B.weight column j * P + p = B_p[:, j].
+                whole_a, whole_b = array(a), array(b)
+                by_slot = whole_a.reshape(count, -1, whole_a.shape[1])
+                columns = whole_b.reshape(whole_b.shape[0], -1, count)
+                for p, slot in enumerate(slots):
+                    if slot.rank:
+                        key = (layer, self.resident[layer][p], projection)
+                        found[names.lora(*key, "lora_A")] = by_slot[p, : slot.rank]
+                        found[names.lora(*key, "lora_B")] = columns[:, : slot.rank, p]
+            rows = array(block.delta)
+            for p, expert in enumerate(self.resident[layer]):
+                found[names.router_row(layer, expert)] = rows[p]
+        return found
+
+    def probabilities(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The full router's distribution over all experts [T, E], moved rows included, for hidden states [T, d]."""
+        block = self.blocks[layer]
+        full = torch.from_numpy(block.router_all.copy())
+        full[list(self.resident[layer])] += block.delta.detach()
+        logits = hidden @ full.T
+        if self.sigmoid:
+            score = logits.sigmoid()
+            return score / score.sum(-1, keepdim=True)
+        return logits.softmax(-1)
 
 
-def read_blob(artifact: Artifact, blob: Blob) -> dict[str, NDArray[Any]]:
+def read_blob(artifact: Artifact, blob: Blob) -> Arrays:
     """All tensors of a blob; raises SessionError."""
     path = artifact.path(blob)
     try:
@@ -83,38 +131,26 @@ def build(
     Raises
     ------
     SessionError
-        When a blob does not fit the model class.
+        When a blob does not fit the model class, or the class is none that this backend can build.
     """
-    base, rank = artifact.base, artifact.manifest.shape.rank
-    dense = read_blob(artifact, base.dense)
-    try:
-        packed = slots.expert_inputs(base, resident, lambda blob: read_blob(artifact, blob))
-        routers = slots.router_inputs(dense, resident)
-    except slots.SlotError as error:
-        raise SessionError(str(error)) from error
-    config = AutoConfig.for_model(**base.config)
-    # Routers and experts are replaced below; as few as possible are made for nothing.
-    config.num_experts = config.num_experts_per_tok
-    config.dtype = torch.float32
-    config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    _load_dense(model, dense)
+    base, shape = artifact.base, artifact.manifest.shape
+    if base.architecture != "causal" or base.projections != ("gate_up", "down") or not base.peft:
+        raise SessionError(
+            f"backend torch builds gated causal experts, not those of {base.model_type}"
+        )
+    dense = _unpacked(read_blob(artifact, artifact.manifest.dense), shape.dense)
+    model = _skeleton(base)
     found = _moe_parts(model, base.moe_layers)
+    routers = {layer: _router(dense, layer, base) for layer in base.moe_layers}
+    position = {layer: i for i, layer in enumerate(base.moe_layers)}
     for layer, (gate, experts) in found.items():
-        count = len(resident[layer])
-        for projection in names.PROJECTIONS:
-            weight = int4.dequantize(
-                packed[f"layers.{layer}.{projection}.packed"],
-                packed[f"layers.{layer}.{projection}.scale"],
-            )
-            out, features = base.features(projection)
-            stacked = torch.from_numpy(weight.reshape(count, out, features))
+        weights = _experts(artifact, resident[layer], position[layer])
+        for projection, stacked in weights.items():
             setattr(experts, f"{projection}_proj", nn.Parameter(stacked, requires_grad=False))
-        rows = torch.from_numpy(routers[f"layers.{layer}.router_rows"].copy())
-        gate.weight = nn.Parameter(rows, requires_grad=False)
-        experts.num_experts = gate.num_experts = count
+        experts.num_experts = len(resident[layer])
+        found[layer] = _slice_router(model, gate, routers[layer], resident[layer]), experts
+    _load_dense(model, dense)
+    rank = max(slot.rank for slots in shape.slots for slot in slots)
     wanted = LoraConfig(
         r=rank,
         lora_alpha=lora.alpha(rank),
@@ -126,7 +162,7 @@ def build(
         # peft 0.21.2 asks transformers 5.23 for a property by its former name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         get_peft_model(model, wanted).eval()
-    blocks, trained = {}, {}
+    blocks = {}
     for layer, (gate, experts) in found.items():
         moved = Moved(len(resident[layer]), base.hidden)
         parametrize.register_parametrization(gate, "weight", moved)
@@ -136,17 +172,102 @@ def build(
             if getattr(parent, "experts", None) is not None
             and experts in set(parent.experts.modules())
         )
-        blocks[layer] = MoeBlock(gate, experts, outer, moved.delta)
-        for wrapper in outer.modules():
-            if hasattr(wrapper, "parameter_name"):
-                projection = wrapper.parameter_name.removesuffix("_proj")
-                trained[f"layers.{layer}.{projection}.a"] = wrapper.lora_A["default"].weight
-                trained[f"layers.{layer}.{projection}.b"] = wrapper.lora_B["default"].weight
-        trained[f"layers.{layer}.router"] = moved.delta
+        factors = {
+            wrapper.parameter_name.removesuffix("_proj"): (
+                wrapper.lora_A["default"].weight,
+                wrapper.lora_B["default"].weight,
+            )
+            for wrapper in outer.modules()
+            if hasattr(wrapper, "parameter_name")
+        }
+        for pair in factors.values():
+            for parameter in pair:
+                parameter.data.zero_()
+        full = routers[layer]["weight"].numpy()
+        blocks[layer] = MoeBlock(gate, experts, outer, moved.delta, factors, full)
         if quantise is not None:
             quantise(experts, outer)
-    router_all = {layer: routers[f"layers.{layer}.router_all"] for layer in resident}
-    return SubMoe(model.model, model.lm_head, blocks, trained, router_all)
+    scale = getattr(model.config, "logits_scaling", 1.0)
+    return SubMoe(
+        model.model,
+        lambda hidden: model.lm_head(hidden) / scale,
+        blocks,
+        resident,
+        shape,
+        base.moe_layers,
+        base.model_type == "deepseek_v3",
+    )
+
+
+def _skeleton(base: BaseIndex) -> nn.Module:
+    """The transformers model without weights; what is computed from the configuration alone is there."""
+    config = AutoConfig.for_model(**base.config)
+    config.dtype = torch.float32
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def _unpacked(blob: Arrays, format: str) -> dict[str, torch.Tensor]:
+    """A dense blob as float32 tensors under the checkpoint's names."""
+    weights = {}
+    for name, value in blob.items():
+        stem, _, part = name.rpartition(".")
+        if part == "packed":
+            value = packing.dequantize(value, blob[f"{stem}.scale"], format)
+            name = stem
+        if part != "scale":
+            weights[name] = torch.from_numpy(value.astype(np.float32))
+    return weights
+
+
+def _experts(artifact: Artifact, ids: tuple[int, ...], position: int) -> dict[str, torch.Tensor]:
+    """projection -> the layer's experts in slot order, [P, out, in]."""
+    base, slots = artifact.base, artifact.manifest.shape.slots[position]
+    stacked: dict[str, list[torch.Tensor]] = {projection: [] for projection in base.projections}
+    for expert, slot in zip(ids, slots, strict=True):
+        blob = read_blob(artifact, base.experts[slot.format][position][expert])
+        for projection, weights in stacked.items():
+            packed, scale = blob[f"{projection}.packed"], blob[f"{projection}.scale"]
+            weight = packing.dequantize(packed, scale, slot.format)
+            if weight.shape != base.features(projection):
+                raise SessionError(
+                    f"expert blob of expert {expert}: {projection} is {list(weight.shape)}, "
+                    f"{list(base.features(projection))} wanted"
+                )
+            weights.append(torch.from_numpy(weight))
+    return {projection: torch.stack(weights) for projection, weights in stacked.items()}
+
+
+def _router(dense: dict[str, torch.Tensor], layer: int, base: BaseIndex) -> dict[str, torch.Tensor]:
+    """`weight` [E, d] of a layer's router, and its further rows; they are taken out of `dense`."""
+    name = f"layers.{layer}.router"
+    if name not in dense:
+        raise SessionError(f"dense blob: {name} is missing")
+    found = {"weight": dense.pop(name)}
+    for key in [key for key in dense if key.startswith(f"{name}.")]:
+        found[key.removeprefix(f"{name}.")] = dense.pop(key)
+    return found
+
+
+def _slice_router(
+    model: nn.Module, gate: nn.Module, router: dict[str, torch.Tensor], ids: tuple[int, ...]
+) -> nn.Module:
+    """The router over the residents only: transformers' own with fewer rows, or ours where it has groups."""
+    rows = {name: value[list(ids)].clone() for name, value in router.items()}
+    if "group" in rows:
+        ours = GroupedRouter(model.config, rows["weight"], rows["group"], rows.get("bias"))
+        path = next(name for name, module in model.named_modules() if module is gate)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, ours)
+        return ours
+    gate.weight = nn.Parameter(rows["weight"], requires_grad=False)
+    if "bias" in rows:
+        gate.e_score_correction_bias = rows["bias"]
+    gate.num_experts = len(ids)
+    return gate
 
 
 def _moe_parts(
@@ -166,36 +287,15 @@ def _moe_parts(
     return found
 
 
-def _load_dense(model: nn.Module, dense: dict[str, NDArray[Any]]) -> None:
-    state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in dense.items()}
-    own = dict(model.named_parameters())
-    for name, value in state.items():
-        if name in own and own[name].shape == value.shape:
-            own[name].data.copy_(value)
-        elif name in own and ".gate." not in name and ".router." not in name:
-            raise SessionError(
-                f"dense blob: {name} is {tuple(value.shape)}, {tuple(own[name].shape)} wanted"
-            )
-    tied = {n for n in own if n == "lm_head.weight"}  # absent from `own` when tied
-    missing = [
-        n
-        for n in own
-        if n not in state and "experts" not in n and ".gate." not in n and ".router." not in n
-    ]
-    if missing:
-        raise SessionError(f"dense blob: {missing[0]} is missing{' (untied head)' if tied else ''}")
-
-
-def slot_view(name: str, value: NDArray[np.float32], rank: int) -> NDArray[np.float32]:
-    """PEFT's storage of a trained tensor seen as a slot array: a view, never a copy.
-
-    lora_A.weight [P*R, in] has row p*R + j = A_p[j]; lora_B.weight [out, R*P] has column j*P + p = B_p[:, j].
-
-    >>> slot_view("layers.0.down.a", np.arange(8, dtype=np.float32).reshape(4, 2), 2)[1].tolist()
-    [[4.0, 6.0], [5.0, 7.0]]
-    """
-    if name.endswith(".a"):
-        return value.reshape(-1, rank, value.shape[1]).transpose(0, 2, 1)
-    if name.endswith(".b"):
-        return value.reshape(value.shape[0], rank, -1).transpose(2, 1, 0)
-    return value
+def _load_dense(model: nn.Module, dense: dict[str, torch.Tensor]) -> None:
+    """Fill what is still on the meta device; raises SessionError when something is left or of another shape."""
+    for name, own in list(model.named_parameters()):
+        if own.device.type != "meta":
+            continue
+        value = dense.get(name)
+        if value is None or value.shape != own.shape:
+            found = "missing" if value is None else f"{list(value.shape)}, {list(own.shape)} wanted"
+            raise SessionError(f"dense blob: {name} is {found}")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    model.tie_weights()

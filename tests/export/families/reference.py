@@ -44,7 +44,7 @@ def gate_of(model: nn.Module, family: Family, layer: int) -> nn.Module:
 
 @contextlib.contextmanager
 def masked(model: nn.Module, family: Family, resident: Resident) -> Iterator[None]:
-    """Within it absent experts have a router logit of minus infinity, and a selection bias that nothing makes up for."""
+    """Within it absent experts have a router logit of minus infinity, and a hopeless selection bias."""
     absent, saved, linear = {}, [], F.linear
     for layer, held in resident.items():
         gate = gate_of(model, family, layer)

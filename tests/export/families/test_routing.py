@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from edge.grouped_router_torch import GroupedRouter
 from export import families
 from export.families import FamilyError, group_limited
 from tests.export.families import reference, tiny
@@ -73,3 +74,19 @@ def test_quantised_weights_are_refused():
 def test_a_config_that_transformers_refuses_gives_one_line():
     with pytest.raises(FamilyError, match="^here: config.json: [^\n]*$"):
         families.complete({"model_type": "mixtral", "hidden_size": "wide"}, "here")
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_groups_with_one_resident_are_scored_as_the_slow_reference_does(model_type):
+    config = families.complete(tiny.config(model_type).to_dict(), "tiny")
+    family, held = families.of(config, "tiny"), [6, 1, 0, 3, 4]
+    generator = torch.Generator().manual_seed(2)
+    x, router = torch.randn(100, 64, generator=generator), torch.randn(5, 64, generator=generator)
+    rows = {"group": family.router_made(config)["group"][held]}
+    bias = torch.randn(5, generator=generator) if model_type == "deepseek_v3" else None
+    slow = GroupedRouter(tiny.config(model_type), router, rows["group"], bias)
+    if bias is not None:
+        rows["bias"] = bias
+    _, wanted, chosen = slow(x)
+    weight, slot = family.route(x @ router.T, rows, config)
+    torch.testing.assert_close(spread(weight, slot, 5), spread(wanted, chosen, 5))
