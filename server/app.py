@@ -14,6 +14,7 @@ from aiohttp import web
 from protocol import messages, topics
 from protocol.manifest import ManifestError
 from server import config as configuration
+from server import speed
 from server.artifacts import Artifacts
 from server.broker import HOST, KINDS, broker, free_port
 from server.config import Config, ConfigError
@@ -31,7 +32,7 @@ def make_app(run: Run, broker_url: str) -> web.Application:
     app = web.Application(client_max_size=messages.MAX_MESSAGE, middlewares=[json_errors])
     app[RUN] = run
     app[BROKER_URL] = broker_url
-    app.add_routes(ROUTES)
+    app.add_routes([*ROUTES, *speed.ROUTES])
     app.on_response_prepare.append(blob_etag)
     return app
 

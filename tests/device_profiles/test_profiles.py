@@ -98,7 +98,10 @@ def test_a_folder_is_no_profile(tmp_path):
         ({"rank": 0}, r"mine\.toml: rank 0 found, more than 0 wanted"),
         ({"gflops": "nan"}, r"mine\.toml: gflops: nan found, a finite number wanted"),
         ({"budget_mb": 8193}, r"mine\.toml: budget_mb 8193 found, at most memory_mb 8192 wanted"),
-        ({"flash_budget_mb": 200000}, r"mine\.toml: flash_budget_mb 200000 found, at most flash_mb"),
+        (
+            {"flash_budget_mb": 200000},
+            r"mine\.toml: flash_budget_mb 200000 found, at most flash_mb",
+        ),
         ({"deadline_s": None}, r"mine\.toml: key 'deadline_s' is missing"),
         ({"backend": '"tflite"'}, r"mine\.toml: backend: 'tflite' found, one of executorch"),
         ({"rank": ""}, r"mine\.toml: not TOML: "),
