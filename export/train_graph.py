@@ -127,8 +127,7 @@ class SubModel(nn.Module):
         else:
             matrix = given[f"dense.{self.head}.packed"], given[f"dense.{self.head}.scale"]
             logits = ops.packed_linear(answers, *matrix, self.shape.dense, self.base.vocabulary)
-        factor = self.family.logit_scale(self.base.config)
-        return logits if factor == 1.0 else logits * factor
+        return self.family.logits(logits, self.base.config)
 
     def _loss(self, given: dict[str, Tensor]) -> Tensor:
         logits = self._logits(given)

@@ -32,7 +32,7 @@ FLAGS = (
 )
 LIBRARIES = (
     *("executorch", "executorch_kernels_optimized", "executorch_kernels_quantized"),
-    *("executorch_threadpool", "executorch_backend_xnnpack"),
+    *("executorch_threadpool", "executorch_backend_xnnpack", "executorch_etdump"),
 )
 MAX_DIMS = 8
 DTYPES = {
@@ -132,7 +132,8 @@ def library() -> ctypes.CDLL:
     arrays = ctypes.POINTER(_Array)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "set_threads": (ctypes.c_int, [ctypes.c_uint32]),
-        "open": (program, [text, text, ctypes.c_size_t]),
+        "open": (program, [text, ctypes.c_int, text, ctypes.c_size_t]),
+        "write_trace": (ctypes.c_int, [program, text]),
         "arena": (ctypes.c_int64, [program, text]),
         "run": (ctypes.c_int, [program, text, arrays, ctypes.c_int32, text, ctypes.c_size_t]),
         "output_count": (ctypes.c_int32, [program]),
@@ -154,10 +155,10 @@ def set_threads(count: int) -> None:
 class Program:
     """An open program. Its outputs are its own memory: valid until the next run or `close`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trace: bool = False) -> None:
         self._library = library()
         message = ctypes.create_string_buffer(ROOM)
-        self._handle = self._library.expertfleet_open(str(path).encode(), message, ROOM)
+        self._handle = self._library.expertfleet_open(str(path).encode(), trace, message, ROOM)
         if not self._handle:
             reason = message.value.decode(errors="replace")
             raise NativeError(f"{path}: the runtime refuses the program: {reason}")
@@ -199,6 +200,11 @@ class Program:
             return np.empty(shape, dtype)
         memory = (ctypes.c_char * size).from_address(found.data)
         return np.frombuffer(memory, dtype).reshape(shape)
+
+    def write_trace(self, path: Path) -> None:
+        """Write the time of every operator so far, as an ETDump; needs `trace`."""
+        if self._library.expertfleet_write_trace(self._handle, str(path).encode()):
+            raise NativeError(f"{path}: no trace could be written")
 
     def close(self) -> None:
         """Give the memory back; outputs of the last run must not be touched any more."""

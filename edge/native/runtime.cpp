@@ -5,8 +5,10 @@
 #include <string>
 #include <vector>
 
+#include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/platform/platform.h>
 
 namespace executorch::extension::threadpool {
 // The wheel has this class but not its header.
@@ -23,7 +25,19 @@ using executorch::runtime::EValue;
 namespace {
 constexpr int MAX_DIMS = 8;
 
+// The runtime says on its log why it refuses something; its error codes alone say little.
+thread_local std::string last_error;
+
+void keep_errors(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t, const char* message,
+                 size_t length) {
+  if (level == kError || level == kFatal) last_error.assign(message, length);
+}
+
+const bool logging = executorch::runtime::register_pal(
+    executorch::runtime::PalImpl::create(keep_errors, __FILE__));
+
 struct Program {
+  executorch::etdump::ETDumpGen* trace = nullptr;
   std::unique_ptr<Module> module;
   std::vector<EValue> outputs;
 };
@@ -33,8 +47,8 @@ int fail(char* message, size_t room, const std::string& text) {
   return 1;
 }
 
-std::string name_of(executorch::runtime::Error error) {
-  return std::string(executorch::runtime::to_string(error));
+std::string reason(executorch::runtime::Error error) {
+  return std::string(executorch::runtime::to_string(error)) + (last_error.empty() ? "" : ": " + last_error);
 }
 } // namespace
 
@@ -54,13 +68,18 @@ int expertfleet_set_threads(uint32_t threads) {
   return pool && pool->_unsafe_reset_threadpool(threads) ? 0 : 1;
 }
 
-// The file is mapped, not read. On failure null, and why in `message`.
-Program* expertfleet_open(const char* path, char* message, size_t room) {
+// The file is mapped, not read. With `trace` the time of every operator is kept, see expertfleet_write_trace. On failure
+// null, and why in `message`.
+Program* expertfleet_open(const char* path, int trace, char* message, size_t room) {
+  last_error.clear();
   auto program = std::make_unique<Program>();
-  program->module = std::make_unique<Module>(path, Module::LoadMode::Mmap);
+  std::unique_ptr<executorch::etdump::ETDumpGen> tracer;
+  if (trace) tracer = std::make_unique<executorch::etdump::ETDumpGen>();
+  program->trace = tracer.get();
+  program->module = std::make_unique<Module>(path, Module::LoadMode::Mmap, std::move(tracer));
   const auto error = program->module->load();
   if (error != executorch::runtime::Error::Ok) {
-    fail(message, room, name_of(error));
+    fail(message, room, reason(error));
     return nullptr;
   }
   return program.release();
@@ -81,6 +100,7 @@ int64_t expertfleet_arena(Program* program, const char* method) {
 // Runs `method`; the arrays must live until the next run. Returns 0, or 1 and why in `message`.
 int expertfleet_run(Program* program, const char* method, const expertfleet_array* inputs, int32_t count, char* message,
                     size_t room) {
+  last_error.clear();
   std::vector<executorch::extension::TensorPtr> tensors;
   std::vector<EValue> values;
   for (int32_t i = 0; i < count; ++i) {
@@ -92,7 +112,7 @@ int expertfleet_run(Program* program, const char* method, const expertfleet_arra
     values.emplace_back(tensors.back());
   }
   auto result = program->module->execute(method, values);
-  if (!result.ok()) return fail(message, room, name_of(result.error()));
+  if (!result.ok()) return fail(message, room, reason(result.error()));
   program->outputs = std::move(*result);
   return 0;
 }
@@ -109,6 +129,17 @@ int expertfleet_output(Program* program, int32_t index, expertfleet_array* into)
   into->dtype = static_cast<int32_t>(tensor.scalar_type());
   for (int32_t i = 0; i < into->dims; ++i) into->sizes[i] = tensor.size(i);
   return 0;
+}
+
+// Writes what a program opened with `trace` has kept, an ETDump.
+int expertfleet_write_trace(Program* program, const char* path) {
+  if (!program->trace) return 1;
+  const auto dump = program->trace->get_etdump_data();
+  std::FILE* file = dump.buf ? std::fopen(path, "wb") : nullptr;
+  if (!file) return 1;
+  const bool whole = std::fwrite(dump.buf, 1, dump.size, file) == dump.size;
+  std::free(dump.buf);
+  return std::fclose(file) == 0 && whole ? 0 : 1;
 }
 
 void expertfleet_close(Program* program) { delete program; }
