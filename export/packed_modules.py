@@ -12,6 +12,8 @@ from export import ops
 class PackedLinear(nn.Module):
     """Stands in for a frozen `nn.Linear`; `packed`, `scale` and `bias` are set before each forward."""
 
+    weight = None  # Switch asks whether it is a tensor, and of which type
+
     def __init__(self, like: nn.Linear, format: str) -> None:
         super().__init__()
         self.format, self.out_features, self.in_features = (

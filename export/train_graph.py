@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from export import graph_passes, ops
+from export import graph_passes, ops, seq2seq
 from export.families.family import Family
 from export.packed_modules import replace_packed
 from export.routed_experts import RoutedExperts
@@ -30,8 +30,9 @@ STATISTICS = ("mass", "top", "g_log_g", "missed", "output_norm")
 def skeleton(base: BaseIndex) -> nn.Module:
     """The transformers model without weights: every parameter on the meta device, buffers real."""
     config = AutoConfig.for_model(**base.config)
+    auto = AutoModelForSeq2SeqLM if base.architecture == "seq2seq" else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = auto.from_config(config, attn_implementation="eager").eval()
     for name, module in list(model.named_modules()):
         # Rotary tables are computed by their constructor, from the configuration alone.
         if name.rpartition(".")[2].startswith("rotary_emb"):
@@ -41,12 +42,12 @@ def skeleton(base: BaseIndex) -> nn.Module:
 
 
 def dense_names(model: nn.Module, base: BaseIndex, family: Family) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that is neither expert nor router; a tied head is not listed."""
+    """Name -> shape of every tensor that is neither expert nor router; what is tied to another is not listed."""
     blocks = tuple(family.block.format(layer=layer) + "." for layer in base.moe_layers)
     routers = (family.router, *family.router_extra.values())
     routed = {name.format(layer=layer) for layer in base.moe_layers for name in routers if name}
     experts = tuple(f"{block}experts." for block in blocks)
-    tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
+    tied = set(model._tied_weights_keys or ()) if base.config.get("tie_word_embeddings") else set()
     return {
         name: tuple(p.shape)
         for name, p in model.named_parameters(remove_duplicate=False)
@@ -67,7 +68,9 @@ class SubModel(nn.Module):
         dense = dense_names(model, base, family)
         packed = {name: s for name, s in dense.items() if packing.packs(s)}
         self.base, self.family, self.shape, self.evaluate = base, family, shape, evaluate
+        self.seq2seq = base.architecture == "seq2seq"
         embedding = f"{model.base_model_prefix}.embed_tokens.weight"
+        embedding = seq2seq.EMBEDDING if self.seq2seq else embedding
         self.head = "lm_head.weight" if "lm_head.weight" in dense else embedding
         self.parts: dict[int, RoutedExperts]
         self.__dict__["parts"] = {}
@@ -76,6 +79,8 @@ class SubModel(nn.Module):
             parent = model.get_submodule(path)
             self.parts[layer] = RoutedExperts(getattr(parent, leaf), family, base, slots)
         self.__dict__["stand_ins"] = replace_packed(model, packed, shape.dense)
+        if self.seq2seq:
+            seq2seq.tie(model)
         for layer, part in self.parts.items():
             path, _, leaf = family.block.format(layer=layer).rpartition(".")
             setattr(model.get_submodule(path), leaf, part)
@@ -106,21 +111,19 @@ class SubModel(nn.Module):
         for layer, part in self.parts.items():
             prefix = f"layers.{layer}."
             own = {n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)}
-            part.given = {"valid": given["valid"], **own}
+            valid = given["valid"]
+            if self.seq2seq:
+                valid = seq2seq.valid_tokens(layer, given, self.base.config)
+            part.given = {"valid": valid, **own}
         for name, stand_in in self.stand_ins.items():
             stand_in.packed = given[f"dense.{name}.packed"]
             stand_in.scale = given[f"dense.{name}.scale"]
         floats = {n[6:]: t for n, t in given.items() if n.startswith("dense.")}
-        prefix = f"{self.model.base_model_prefix}."
-        body = {n.removeprefix(prefix): t for n, t in floats.items() if n.startswith(prefix)}
-        body = {n: t for n, t in body.items() if not n.endswith((".packed", ".scale"))}
-        hidden = functional_call(
-            self.model.base_model, body, (), {"input_ids": given["tokens"], "use_cache": False}
-        ).last_hidden_state
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        places = torch.arange(flat.shape[0]).unsqueeze(0)
-        pick = (given["positions"].reshape(-1, 1) == places).to(flat.dtype)  # [B*K, B*S]
-        answers = torch.mm(pick, flat)
+        floats = {n: t for n, t in floats.items() if not n.endswith((".packed", ".scale"))}
+        if self.seq2seq:
+            answers = seq2seq.answers(self.model, floats, given, self.base.config)
+        else:
+            answers = self._answers(floats, given)
         # The head is ours: logits are only needed at the answer positions.
         if f"dense.{self.head}" in given:
             logits = torch.mm(answers, given[f"dense.{self.head}"].t())
@@ -128,6 +131,18 @@ class SubModel(nn.Module):
             matrix = given[f"dense.{self.head}.packed"], given[f"dense.{self.head}.scale"]
             logits = ops.packed_linear(answers, *matrix, self.shape.dense, self.base.vocabulary)
         return self.family.logits(logits, self.base.config)
+
+    def _answers(self, floats: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
+        """Hidden states [B * K, d] at the answer positions."""
+        prefix = f"{self.model.base_model_prefix}."
+        body = {n.removeprefix(prefix): t for n, t in floats.items() if n.startswith(prefix)}
+        hidden = functional_call(
+            self.model.base_model, body, (), {"input_ids": given["tokens"], "use_cache": False}
+        ).last_hidden_state
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        places = torch.arange(flat.shape[0]).unsqueeze(0)
+        pick = (given["positions"].reshape(-1, 1) == places).to(flat.dtype)  # [B*K, B*S]
+        return torch.mm(pick, flat)
 
     def _loss(self, given: dict[str, Tensor]) -> Tensor:
         logits = self._logits(given)

@@ -23,7 +23,7 @@ from export.families.family import (
 )
 from protocol import fft_moe, lora
 
-DENSE = ("gemma", "gemma2", "llama", "qwen2", "qwen3")
+DENSE = ("gemma", "llama", "qwen2", "qwen3")
 """Decoders whose feed-forward block is the module `protocol.fft_moe.BLOCK`, of one argument."""
 
 EXPERTS, TOP_K = "adapter_experts", "adapter_top_k"

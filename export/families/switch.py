@@ -10,6 +10,13 @@ may give other logits there, unless the model is loaded with a larger `expert_ca
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from export.families.family import Config, Family, FamilyError, Placed, softmax_top_k
 from protocol.manifest import PeftLayout
 
@@ -39,16 +46,42 @@ def places(config: Config) -> dict[int, str]:
     }
 
 
+def adapt(model: nn.Module) -> None:
+    """Look up position biases by distance instead of computing a logarithm per pair in the graph.
+
+    The logarithm is rounded down to a bucket: runtimes that differ in its last bit would differ in the bucket.
+    """
+    for module in model.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            reach = module.relative_attention_max_distance  # farther away is all the same
+            buckets = module._relative_position_bucket(
+                torch.arange(-reach, reach + 1),
+                bidirectional=not module.is_decoder,
+                num_buckets=module.relative_attention_num_buckets,
+                max_distance=reach,
+            )
+            module.compute_bias = partial(_bias, module, buckets, reach)
+
+
+def _bias(attention: Any, buckets: Tensor, reach: int, queries: int, keys: int, **_: Any) -> Tensor:
+    """[1, heads, queries, keys]."""
+    by_distance = attention.relative_attention_bias(buckets)  # [2 * reach + 1, heads]
+    distance = torch.arange(keys).unsqueeze(0) - torch.arange(queries).unsqueeze(1)
+    return F.embedding(distance.clamp(-reach, reach) + reach, by_distance).permute(2, 0, 1)[None]
+
+
 def family(config: Config, where: str) -> Family:
     """The family of one checkpoint: where its layers are depends on its configuration.
 
     Raises
     ------
     FamilyError
-        A router with a bias, or experts with an activation that no published checkpoint has.
+        A router with a bias, a head that is not tied, or an activation that no published checkpoint has.
     """
     if config.get("router_bias"):
         raise FamilyError(f"{where}: Switch routers with a bias are not supported")
+    if not config.get("tie_word_embeddings", True):
+        raise FamilyError(f"{where}: Switch models with a head of their own are not supported")
     activation = str(config.get("dense_act_fn", "relu"))
     if activation not in ACTIVATIONS:
         raise FamilyError(
@@ -77,7 +110,10 @@ def family(config: Config, where: str) -> Family:
         intermediate=lambda config: int(config["d_ff"]),
         moe_layers=lambda config: tuple(places(config)),
         route=softmax_top_k(lambda config: 1, lambda config: False),
+        # Tied to the embeddings, the head sees states scaled down.
+        logit_scale=lambda config: config["d_model"] ** -0.5,
         activation=lambda config: activation,
+        adapt=adapt,
         projections=("up", "down"),
         architecture="seq2seq",
         hidden=lambda config: int(config["d_model"]),

@@ -1,0 +1,77 @@
+"""A tiny base as an artifact on disk, with its programs, and our graph run in eager torch beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edge import slots
+from edge.session import Artifact
+from export import families
+from export.blob_store import BlobStore
+from export.checkpoint import Checkpoint
+from export.programs import lower_programs
+from export.slice_base import slice_base
+from export.train_graph import SubModel
+from protocol import PROTOCOL_VERSION, packing, tensors
+from protocol.manifest import Manifest, MemoryPlan
+
+
+def sliced(folder, out, formats=("int4", "int8"), more=None):
+    """(base, family, store); `more` is added to the checkpoint's configuration."""
+    checkpoint = Checkpoint(folder)
+    checkpoint.config |= more or {}
+    family, store = families.of(checkpoint.config, str(folder)), BlobStore(out)
+    return slice_base(checkpoint, family, store, lambda stage: None, formats), family, store
+
+
+def artifact(base, family, store, shape):
+    """With both programs lowered."""
+    programs = lower_programs(base, family, shape, store, lambda stage: None)
+    manifest = Manifest(
+        protocol=PROTOCOL_VERSION,
+        base=base.base,
+        profile="tiny",
+        shape=shape,
+        train=programs.train,
+        evaluate=programs.evaluate,
+        dense=base.dense[shape.dense],
+        tokenizer=base.tokenizer,
+        memory=MemoryPlan(
+            budget=1, arena=0, inputs=0, parameters=0, optimizer=0, outputs=0, runtime=0
+        ),
+        experts={},
+    )
+    return Artifact(base, manifest, store.folder)
+
+
+def eager(base, family, store, shape, resident, batch, adapter, *, evaluate):
+    """Output name -> array of `SubModel` without any lowering."""
+    model = SubModel(base, family, shape, evaluate)
+    read = lambda blob: tensors.decode(store.get(blob))  # noqa: E731
+    dense = read(base.dense[shape.dense])
+    given = {f"dense.{name}": value for name, value in dense.items()}
+    given |= slots.router_inputs(dense, resident)
+    given |= slots.resident_inputs(base.num_experts, resident)
+    given |= slots.expert_inputs(base, shape, resident, read)
+    given |= batch.inputs()
+    flat = {s.name: np.zeros(s.shape, np.float32) for s in model.adapter}
+    for name, view in slots.views(flat, base, shape, resident).items():
+        view[...] = adapter[name]
+    given |= flat
+    for layer, ids in resident.items():
+        rows = given[f"layers.{layer}.router_all"]
+        delta = flat[f"layers.{layer}.router"]
+        given[f"layers.{layer}.router_all"] = slots.with_deltas(rows, delta, ids)
+    given = slots.check_inputs(given, model.specs, "eager")
+    outputs = model(*(torch.from_numpy(np.ascontiguousarray(v)) for v in given.values()))
+    named = dict(zip(model.output_names(), (o.numpy() for o in outputs), strict=True))
+    gradients = {n.removeprefix("grad."): v for n, v in named.items() if n.startswith("grad.")}
+    named["gradients"] = {} if evaluate else slots.views(gradients, base, shape, resident)
+    return named
+
+
+def rounded(weight, format):
+    """A matrix as its blob gives it back."""
+    packed = packing.quantize(weight.detach().numpy(), format)
+    return torch.from_numpy(packing.dequantize(*packed, format))
