@@ -68,7 +68,7 @@ class _Room:
 def _room(slots: Sequence[Slot], experts: int, top_k: int, coverage: float) -> _Room:
     room = min(len(slots), experts)
     trained = sum(1 for slot in slots[:room] if slot.rank)
-    shared = min(int(round(trained * coverage)), max(0, room - top_k))
+    shared = min(int(trained * coverage), max(0, room - top_k))
     return _Room(room, trained, shared)
 
 
@@ -88,8 +88,8 @@ def choose(
     value : device -> [L, E]
     slots : device -> per layer, its slots in order
     coverage : float in [0, 1]
-        Share of a layer's trained slots that goes to the experts trained by the fewest devices; at least `top_k` slots
-        are filled by value.
+        At most this share of a layer's trained slots goes to the experts trained by the fewest devices; `top_k` slots
+        or more are filled by value.
     seed : int
         Breaks ties only.
     former : device -> what it held last, in slot order

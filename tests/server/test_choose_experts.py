@@ -93,7 +93,7 @@ def test_what_is_held_for_its_value_is_worth_it(fleet, again):
         for layer, kinds in enumerate(slots[d]):
             held, worth = got[device][layer], value[d][layer]
             trained = sum(k.rank > 0 for k in kinds)
-            shared = min(round(trained * coverage), len(kinds) - 2)
+            shared = min(int(trained * coverage), len(kinds) - 2)
             own = held[: trained - shared]
             bar = MARGIN / 8 + 1e-8
             for i, e in enumerate(own):
