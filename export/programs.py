@@ -42,7 +42,9 @@ def _source_hash() -> str:
     folder = Path(__file__).parent
     named = (
         "train_graph",
+        "seq2seq",
         "routed_experts",
+        "adapter_experts",
         "packed_modules",
         "ops",
         "graph_passes",

@@ -111,7 +111,7 @@ def family(config: Config, where: str) -> Family:
         moe_layers=lambda config: tuple(places(config)),
         route=softmax_top_k(lambda config: 1, lambda config: False),
         # Tied to the embeddings, the head sees states scaled down.
-        logit_scale=lambda config: config["d_model"] ** -0.5,
+        logits=lambda logits, config: logits * config["d_model"] ** -0.5,
         activation=lambda config: activation,
         adapt=adapt,
         projections=("up", "down"),
