@@ -130,6 +130,8 @@ class SubModel(nn.Module):
         else:
             matrix = given[f"dense.{self.head}.packed"], given[f"dense.{self.head}.scale"]
             logits = ops.packed_linear(answers, *matrix, self.shape.dense, self.base.vocabulary)
+        bias = given.get(f"dense.{self.head.removesuffix('weight')}bias")
+        logits = logits if bias is None else logits + bias
         return self.family.logits(logits, self.base.config)
 
     def _answers(self, floats: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from edge import slots
 from edge.session import Artifact, Batch
 from export import families
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint
 from export.slice_base import slice_base
-from protocol import PROTOCOL_VERSION, names
-from protocol.manifest import BaseIndex, Blob, Manifest, MemoryPlan, Program, Shape, Slot
+from export.train_graph import adapter_specs
+from protocol import PROTOCOL_VERSION, names, tensors
+from protocol.manifest import (
+    BaseIndex,
+    Blob,
+    Manifest,
+    MemoryPlan,
+    Program,
+    Shape,
+    Slot,
+    TensorSpec,
+)
 from tests.export.families import tiny
 
 SLOTS = (
@@ -50,12 +63,12 @@ def sliced(model_type: str, root: Path) -> tuple[BaseIndex, BlobStore]:
 def artifact(
     base: BaseIndex,
     store: BlobStore,
-    slots: tuple[Slot, ...],
+    kinds: tuple[Slot, ...],
     train: Program = NO_PROGRAM,
     evaluate: Program = NO_PROGRAM,
 ) -> Artifact:
     """The same slots in every layer; without programs for the torch backend."""
-    shape = shape_of(base, slots)
+    shape = shape_of(base, kinds)
     return Artifact(
         base,
         Manifest(
@@ -76,14 +89,14 @@ def artifact(
     )
 
 
-def shape_of(base: BaseIndex, slots: tuple[Slot, ...]) -> Shape:
+def shape_of(base: BaseIndex, kinds: tuple[Slot, ...]) -> Shape:
     """The same slots in every layer."""
     return Shape(
         batch=BATCH,
         sequence=SEQUENCE,
         answers=ANSWERS,
         dense="int8",
-        slots=(slots,) * len(base.moe_layers),
+        slots=(kinds,) * len(base.moe_layers),
     )
 
 
@@ -103,13 +116,13 @@ def batch(vocabulary: int, seed: int = 0) -> Batch:
 
 
 def adapter(
-    base: BaseIndex, slots: tuple[Slot, ...], spread: float, seed: int = 0
+    base: BaseIndex, kinds: tuple[Slot, ...], spread: float, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Random values for everything the residents train."""
     rng = np.random.default_rng(seed)
     values = {}
     for layer, ids in resident_of(base).items():
-        for expert, slot in zip(ids, slots, strict=True):
+        for expert, slot in zip(ids, kinds, strict=True):
             values[names.router_row(layer, expert)] = rng.normal(0, spread, base.hidden)
             for projection in base.projections:
                 out, features = base.features(projection)
@@ -121,3 +134,28 @@ def adapter(
                         key = names.lora(layer, expert, projection, factor)
                         values[key] = rng.normal(0, spread, shape)
     return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def graph_inputs(
+    specs: Sequence[TensorSpec],
+    artifact: Artifact,
+    resident: dict[int, tuple[int, ...]],
+    adapter: dict[str, np.ndarray],
+    batch: Batch,
+) -> list[torch.Tensor]:
+    """What a program takes, in calling order."""
+    base, shape = artifact.base, artifact.manifest.shape
+    dense = tensors.decode(artifact.path(artifact.manifest.dense).read_bytes())
+    given = {**batch.inputs(), **{f"dense.{name}": value for name, value in dense.items()}}
+    given |= slots.router_inputs(dense, resident)
+    given |= slots.resident_inputs(base.num_experts, resident)
+    read = lambda blob: tensors.decode(artifact.path(blob).read_bytes())  # noqa: E731
+    given |= slots.expert_inputs(base, shape, resident, read)
+    flat = {s.name: np.zeros(s.shape, np.float32) for s in adapter_specs(base, shape)}
+    for name, view in slots.views(flat, base, shape, resident).items():
+        view[...] = adapter[name]
+    for layer, ids in resident.items():
+        name = f"layers.{layer}.router_all"
+        given[name] = slots.with_deltas(given[name], flat[f"layers.{layer}.router"], ids)
+    ordered = slots.check_inputs({**given, **flat}, specs, "graph")
+    return [torch.from_numpy(np.array(value)) for value in ordered.values()]
