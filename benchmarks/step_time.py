@@ -222,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         rate = operations / statistics.median(seconds["floor"]) / 1e9
         print(f"routed tokens: {operations / 1e9:.2f} GFLOP, {rate:.0f} GFLOP/s by torch.mm")
-        print(f"arena {program.arena_bytes('forward') / 1e6:.1f} MB, program {path.stat().st_size / 1e6:.2f} MB")
+        print(
+            f"arena {program.arena_bytes('forward') / 1e6:.1f} MB, program {path.stat().st_size / 1e6:.2f} MB"
+        )
         if args.trace:
             by_operator(program, Path(folder), args.runs + 2)
     return 0

@@ -1,4 +1,4 @@
-"""Our own operators: products of packed weights, and the routed experts of a layer with their backward pass.
+"""Our own operators: products of packed weights, causal attention, and the routed experts of a layer.
 
 Here as torch operators with a plain reference, which is what eager runs and tests use; `edge/native/ops.cpp` has the same
 for the ExecuTorch runtime, where frozen weights are dequantised tile by tile and only routed tokens are computed.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from protocol import lora, packing
 
@@ -42,6 +43,11 @@ SCHEMAS = {
     "routed_experts_backward": (
         f"Tensor dy, Tensor x, Tensor weight, Tensor slot, Tensor saved, {_LAYER}",
         ("dx", "dweight", "d_up_a", "d_up_b", "d_down_a", "d_down_b"),
+    ),
+    "causal_attention": ("Tensor q, Tensor k, Tensor v, float scale, int window", ("y", "lse")),
+    "causal_attention_backward": (
+        "Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, float scale, int window",
+        ("dq", "dk", "dv"),
     ),
 }
 _library = torch.library.Library("expertfleet", "DEF")
@@ -158,7 +164,53 @@ def _fake_routed(x: Tensor, weight: Tensor, slot: Tensor, *layer: Any) -> tuple[
     return torch.empty_like(x), x.new_empty(slot.numel() * width)
 
 
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in differentiable torch.
+
+    Parameters
+    ----------
+    q : [B, H, S, D]
+    k, v : [B, G, S, D] and [B, G, S, V], H a multiple of G
+    window : a query sees its last `window` keys; 0: all before it
+
+    Returns
+    -------
+    y [B, S, H, V], and the logarithm of each query's sum of exponentials [B, H, S]
+    """
+    heads, tokens = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = (t.repeat_interleave(heads, 1) for t in (k, v))
+    age = torch.arange(tokens).unsqueeze(1) - torch.arange(tokens)
+    seen = (age >= 0) & (age < window) if window else age >= 0
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), scores.logsumexp(-1)
+
+
+def _attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, window: int
+) -> tuple[Tensor, ...]:
+    wanted = [t.detach().requires_grad_(True) for t in (q, k, v)]
+    with torch.enable_grad():
+        out, _ = attention_reference(*wanted, scale, window)
+    return torch.autograd.grad(out, wanted, dy)
+
+
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty(batch, tokens, heads, v.shape[-1]), q.new_empty(batch, heads, tokens)
+
+
 _IMPLEMENTED = {
+    "causal_attention": (attention_reference, _fake_attention),
+    "causal_attention_backward": (
+        _attention_backward,
+        lambda dy, q, k, v, *rest: tuple(
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)
+        ),
+    ),
     "packed_linear": (
         _packed_linear,
         lambda x, packed, scale, format, out: x.new_empty(x.shape[0], out),
@@ -215,6 +267,19 @@ def _routed_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     return dx, dweight, None, *(None,) * 4, *factors, *(None,) * 5
 
 
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.rest = inputs[3:]
+
+
+def _attention_gradient(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    backward = torch.ops.expertfleet.causal_attention_backward
+    return *backward(dy.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None
+
+
+torch.library.register_autograd(
+    "expertfleet::causal_attention", _attention_gradient, setup_context=_keep_attention
+)
 torch.library.register_autograd(
     "expertfleet::packed_linear", _linear_gradient, setup_context=_keep_linear
 )
@@ -235,3 +300,35 @@ def packed_embedding(ids: Tensor, packed: Tensor, scale: Tensor, format: str, d:
     return torch.ops.expertfleet.packed_embedding(
         ids, packed, scale, packing.FORMATS.index(format), d
     )
+
+
+def causal_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' models call it, for rows that are padded on the right.
+
+    Raises
+    ------
+    NotImplementedError
+        A kind of attention that the operator does not compute.
+    """
+    strange = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if strange or attention_mask is not None or not getattr(module, "is_causal", True):
+        what = strange[0] if strange else "a mask of its own"
+        raise NotImplementedError(f"attention with {what} ({type(module).__name__})")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = (t.contiguous() for t in (query, key, value))
+    window = 0 if sliding_window is None or sliding_window >= query.shape[2] else sliding_window
+    y, _ = torch.ops.expertfleet.causal_attention(*parts, scale, window)
+    return y, None
+
+
+AttentionInterface.register("expertfleet", causal_attention)
+AttentionMaskInterface.register("expertfleet", lambda *args, **kwargs: None)

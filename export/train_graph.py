@@ -30,9 +30,11 @@ STATISTICS = ("mass", "top", "g_log_g", "missed", "output_norm")
 def skeleton(base: BaseIndex) -> nn.Module:
     """The transformers model without weights: every parameter on the meta device, buffers real."""
     config = AutoConfig.for_model(**base.config)
-    auto = AutoModelForSeq2SeqLM if base.architecture == "seq2seq" else AutoModelForCausalLM
+    seq2seq = base.architecture == "seq2seq"
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    attention = "eager" if seq2seq else "expertfleet"
     with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation="eager").eval()
+        model = auto.from_config(config, attn_implementation=attention).eval()
     for name, module in list(model.named_modules()):
         # Rotary tables are computed by their constructor, from the configuration alone.
         if name.rpartition(".")[2].startswith("rotary_emb"):

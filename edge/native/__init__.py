@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SOURCES = ("ops.cpp", "runtime.cpp")
-HEADERS = ("activation.h", "product.h")
+HEADERS = ("activation.h", "attention.h", "product.h")
 FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),

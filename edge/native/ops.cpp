@@ -8,6 +8,7 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 
 #include "activation.h"
+#include "attention.h"
 #include "product.h"
 
 namespace expertfleet {
@@ -321,6 +322,25 @@ void routed_experts_backward(KernelRuntimeContext& ctx, Stack stack) {
   backward(layer_of(x, slot, stack, 5), floats(dy), floats(x), floats(weight), floats(saved), into);
 }
 
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window) {
+  return {q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), v.size(3), static_cast<float>(scale), window};
+}
+
+// (q, k, v, scale, window) -> y, lse.
+void causal_attention(KernelRuntimeContext& ctx, Stack stack) {
+  const Tensor &q = stack[0]->toTensor(), &k = stack[1]->toTensor(), &v = stack[2]->toTensor();
+  attention_of(q, k, v, stack[3]->toDouble(), stack[4]->toInt())
+      .forward(floats(q), floats(k), floats(v), written(stack, 5), written(stack, 6));
+}
+
+// (dy, q, k, v, y, lse, scale, window) -> dq, dk, dv.
+void causal_attention_backward(KernelRuntimeContext& ctx, Stack stack) {
+  const auto in = [&](size_t i) -> const Tensor& { return stack[i]->toTensor(); };
+  attention_of(in(1), in(2), in(3), stack[6]->toDouble(), stack[7]->toInt())
+      .backward(floats(in(0)), floats(in(1)), floats(in(2)), floats(in(3)), floats(in(4)), floats(in(5)),
+                written(stack, 8), written(stack, 9), written(stack, 10));
+}
+
 } // namespace
 
 EXECUTORCH_LIBRARY(expertfleet, "packed_linear.out", packed_linear);
@@ -330,6 +350,8 @@ static const executorch::runtime::Kernel KERNELS[] = {
     executorch::runtime::Kernel("expertfleet::routed_experts.out", routed_experts<false>),
     executorch::runtime::Kernel("expertfleet::routed_experts_norms.out", routed_experts<true>),
     executorch::runtime::Kernel("expertfleet::routed_experts_backward.out", routed_experts_backward),
+    executorch::runtime::Kernel("expertfleet::causal_attention.out", causal_attention),
+    executorch::runtime::Kernel("expertfleet::causal_attention_backward.out", causal_attention_backward),
 };
 static const auto registered = executorch::runtime::register_kernels({KERNELS, std::size(KERNELS)});
 
