@@ -54,6 +54,22 @@ def _source_hash() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def lower_program(
+    base: BaseIndex, family: Family, shape: Shape, store: BlobStore, *, evaluate: bool
+) -> Program:
+    """Capture, lower and store one program."""
+    model = SubModel(base, family, shape, evaluate)
+    lowered = lower(capture(model))
+    return Program(
+        blob=store.put(lowered.program),
+        method="forward",
+        inputs=tuple(model.specs),
+        parameters=tuple(model.adapter),
+        outputs=model.output_names(),
+        arena_bytes=lowered.arena_bytes,
+    )
+
+
 def lower_programs(
     base: BaseIndex, family: Family, shape: Shape, store: BlobStore, advance: Callable[[str], None]
 ) -> Programs:
@@ -73,17 +89,8 @@ def lower_programs(
             return known
     made = {}
     for kind in ("train", "evaluate"):
-        model = SubModel(base, family, shape, evaluate=kind == "evaluate")
-        lowered = lower(capture(model))
-        made[kind] = Program(
-            blob=store.put(lowered.program),
-            method="forward",
-            inputs=tuple(model.specs),
-            parameters=tuple(model.adapter),
-            outputs=model.output_names(),
-            arena_bytes=lowered.arena_bytes,
-        )
-        advance(f"{kind}: {len(lowered.program) / 1e6:.1f} MB")
+        made[kind] = lower_program(base, family, shape, store, evaluate=kind == "evaluate")
+        advance(f"{kind}: {made[kind].blob.bytes / 1e6:.1f} MB")
     programs = Programs(**made)
     write_atomically(index, json.dumps(schema.to_dict(programs)).encode())
     return programs
