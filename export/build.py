@@ -174,9 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--formats",
-        default=",".join(FORMATS),
-        help="formats that experts and dense are stored in, of int4,nf4,int8 (default: %(default)s)",
+        help="formats that experts and dense are stored in, of int4,nf4,int8 "
+        f"(default: those that the store has, or {','.join(FORMATS)})",
     )
+    parser.add_argument("--jobs", type=int, help="threads that slice (default: the cores)")
     parser.add_argument("--experts", type=Path, help="JSON with routing mass or a selection")
     parser.add_argument(
         "--theta",
@@ -211,8 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _formats(given: str) -> tuple[str, ...]:
+def _formats(given: str | None) -> tuple[str, ...] | None:
     """The formats of `--formats`, each once."""
+    if given is None:
+        return None
     formats = tuple(dict.fromkeys(given.split(",")))
     if unknown := set(formats) - set(packing.FORMATS):
         raise ExpertsError(
@@ -251,7 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     console = Console(stderr=True)
     try:
-        for name in ("rank", "sequence", "batch", "answers", "steps", "deadline", "uplink_mb"):
+        for name in (
+            *("rank", "sequence", "batch", "answers"),
+            *("steps", "deadline", "uplink_mb", "jobs"),
+        ):
             value = getattr(args, name)
             if value is not None and not 0 < value < 1e6:
                 flag = name.replace("_", "-")
@@ -267,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Once for all profiles: their artifacts share the blobs.
         with _bar(console, "base", len(family.moe_layers(config)) + 1) as advance:
             base = slice_base(
-                checkpoint, family, BlobStore(args.out), advance, _formats(args.formats)
+                checkpoint, family, BlobStore(args.out), advance, _formats(args.formats), args.jobs
             )
         for profile, scale in zip(profiles, scales, strict=True):
             choices = Choices(

@@ -212,6 +212,11 @@ class BaseIndex:
     ]  # [layer position][expert], rows sum to 1; of the base's own text
     peft: PeftLayout | None  # None: adapter experts (FFT-MoE), which PEFT does not know
 
+    def blobs(self) -> list[Blob]:
+        """Every blob of the base."""
+        experts = [blob for rows in self.experts.values() for row in rows for blob in row]
+        return [self.tokenizer, *self.dense.values(), *experts]
+
     def features(self, projection: str) -> tuple[int, int]:
         """(output, input) features of a projection: of the two factors' outer sides for an adapter expert."""
         return {

@@ -24,7 +24,7 @@ class TensorError(ValueError):
 
 def encode(tensors: Tensors) -> bytes:
     """Serialise; the same arrays give the same bytes whatever their order."""
-    return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+    return save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)})
 
 
 def decode(data: bytes, max_bytes: int = 1 << 30) -> dict[str, NDArray[Any]]:
