@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge import native
 
@@ -33,7 +35,7 @@ def gflops(threads: int, seconds: float) -> float:
     native.set_threads(threads)
     program = native.Program(PROGRAM)
     rng = np.random.default_rng(0)
-    inputs = [
+    inputs: list[NDArray[Any]] = [
         rng.standard_normal((TOKENS, WIDTH), np.float32),
         rng.integers(0, 256, WIDTH * WIDTH // 2, dtype=np.uint8),
         np.full(WIDTH * WIDTH // GROUP, 0.01, np.float16),

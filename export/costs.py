@@ -22,9 +22,10 @@ from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, Slot, Tenso
 
 RUNTIME_BYTES = 11 << 20
 """What runtime, operators and allocator take beside the counted terms."""
-PROGRAM_BYTES = 40 << 10  # both programs of a shape, per layer
+PROGRAM_BYTES = 64 << 10  # both programs of a shape, per layer
 EFFICIENCY = 0.5  # of the profile's matrix throughput: narrow products, unpacking on the way
 UNPACK = 4.0  # operations per weight that is unpacked
+SCRATCH = 4  # copies of one expert's largest factor that an optimizer step makes
 FLOAT = 4
 
 
@@ -185,15 +186,16 @@ def inputs_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     )
 
 
-def parameter_floats(base: BaseIndex, shape: Shape) -> tuple[int, int]:
-    """Numbers of the resident experts' adapter: all, and those of the largest tensor."""
-    total = largest = 0
-    for layer in shape.slots:
-        ranks = sum(slot.rank for slot in layer)
-        total += adapter_floats(base, ranks) + len(layer) * base.hidden
-        sides = [side for p in base.projections for side in base.features(p)]
-        largest = max(largest, ranks * max(sides))
-    return total, largest
+def parameter_floats(base: BaseIndex, shape: Shape) -> int:
+    """Numbers of the resident experts' adapter, router rows and all."""
+    slots = [slot for layer in shape.slots for slot in layer]
+    return adapter_floats(base, sum(slot.rank for slot in slots)) + len(slots) * base.hidden
+
+
+def largest_factor(base: BaseIndex, shape: Shape) -> int:
+    """Numbers of the largest LoRA factor of an expert."""
+    rank = max((slot.rank for layer in shape.slots for slot in layer), default=0)
+    return rank * max(side for p in base.projections for side in base.features(p))
 
 
 def arena_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
@@ -209,44 +211,44 @@ def arena_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     attended = 2 * _layers(base) * shape.batch * _heads(base) * shape.sequence**2
     routed = len(base.moe_layers) * base.top_k * tokens * up
     logits = 3 * shape.batch * shape.answers * base.vocabulary
-    gradients = parameter_floats(base, shape)[0]
+    gradients = parameter_floats(base, shape)
     return FLOAT * (hidden + outputs + attended + routed + logits + gradients)
 
 
 def estimate(base: BaseIndex, dense: Dense, shape: Shape, budget: int) -> MemoryPlan:
     """Predicted peak while training, before anything is lowered."""
-    total, largest = parameter_floats(base, shape)
+    total = parameter_floats(base, shape)
     return MemoryPlan(
         budget=budget,
         arena=arena_bytes(base, dense, shape),
         inputs=inputs_bytes(base, dense, shape),
         parameters=FLOAT * total,
-        optimizer=FLOAT * (2 * total + 3 * largest),
+        optimizer=FLOAT * (2 * total + SCRATCH * largest_factor(base, shape)),
         outputs=64 << 10,
         runtime=RUNTIME_BYTES,
     )
 
 
 def memory(
-    train: Program, evaluate: Program, shape: Shape, vocabulary: int, budget: int
+    base: BaseIndex, train: Program, evaluate: Program, shape: Shape, budget: int
 ) -> MemoryPlan:
     """Predicted peak of the heavier of the two lowered programs; only one is open at a time."""
-    trained = spec_bytes(train.parameters)
-    largest = max(spec_bytes([p]) for p in train.parameters)
+    trained = spec_bytes(train.parameters)  # among the inputs
+    largest = FLOAT * largest_factor(base, shape)
     while_training = MemoryPlan(
         budget=budget,
         arena=train.arena_bytes,
-        inputs=spec_bytes(train.inputs),
+        inputs=spec_bytes(train.inputs) - trained,
         parameters=trained,
-        optimizer=2 * trained + 3 * largest,  # AdamW's two moments and its temporaries
+        optimizer=2 * trained + SCRATCH * largest,
         outputs=64 << 10,
         runtime=RUNTIME_BYTES,
     )
-    answers = shape.batch * shape.answers * vocabulary * 4
+    answers = shape.batch * shape.answers * base.vocabulary * FLOAT
     while_evaluating = MemoryPlan(
         budget=budget,
         arena=evaluate.arena_bytes,
-        inputs=spec_bytes(evaluate.inputs),
+        inputs=spec_bytes(evaluate.inputs) - trained,
         parameters=trained,
         optimizer=0,
         outputs=2 * answers,

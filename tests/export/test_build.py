@@ -1,9 +1,18 @@
 import json
+from dataclasses import replace
 
 import pytest
 
+import device_profiles
+from export import build, costs, items, outline, plan
+from export.blob_store import BlobStore
 from export.build import main
-from protocol.manifest import read_base, read_manifest
+from export.plan import Choices
+from export.programs import Programs
+from export.train_graph import adapter_specs
+from protocol.manifest import Program, Slot, TensorSpec, read_base, read_manifest
+
+WIDEST = Slot(format="int8", rank=4)
 
 
 def arguments(checkpoint, profile, out):
@@ -19,7 +28,9 @@ def test_the_selection_is_kept_and_the_prediction_is_within_budget(store):
     artifact = read_manifest(store / "small" / "manifest.json")
     base = read_base(store / "base.json")
     assert artifact.experts == {"0": (0, 1, 3), "1": (1, 2)}
-    assert artifact.shape.slots == (3, 2)
+    # There is room for all of them in the widest format and at the full rank.
+    assert artifact.shape.slots == ((WIDEST,) * 3, (WIDEST,) * 2)
+    assert artifact.dense == base.dense["int8"]
     assert artifact.base == base.base
     assert 0 < artifact.memory.predicted <= artifact.memory.budget == 32 << 20
     for blob in (artifact.train.blob, artifact.evaluate.blob, artifact.dense, artifact.tokenizer):
@@ -46,6 +57,10 @@ def test_a_second_build_finds_the_programs(store, tiny_checkpoint, small_profile
         (["--sequence", "4096"], "reads at most 64 tokens"),
         (["--answers", "16"], "1 to 15 wanted"),
         (["--rank", "-1"], "a positive number wanted"),
+        (["--theta", "1.5"], "0 to 1 wanted"),
+        (["--uplink-mb", "0"], "--uplink-mb 0.0: a positive number wanted"),
+        (["--uplink-mb", "0.001"], "do not fit"),
+        (["--deadline", "0.0001"], "time: about"),
         (["--scale-budget", "1", "--scale-budget", "2"], "given 2 times for 1 profiles"),
     ],
 )
@@ -67,6 +82,9 @@ def test_bad_input_is_one_line_and_exit_2(
         ({"layers": {"0": [0, 1], "1": [0, 9]}}, "from 0 to 3 wanted"),
         ({"layers": {"0": [0, 1], "1": [2]}}, "at least 2 different ids"),
         ({"mass": [[1, 2]]}, "[2, 4] of numbers"),
+        ({"mass": [[1, 2], ["a"]]}, "no table of numbers"),
+        ({"mass": [[1] * 4] * 2, "utility": [[-1] * 4] * 2}, "utility of shape [2, 4] found"),
+        ({"layers": 3}, "layers int found"),
         ({}, '"layers" or "mass"'),
     ],
 )
@@ -84,3 +102,86 @@ def test_a_store_holds_one_base(store, small_profile, tmp_path, capsys, make_che
     other = make_checkpoint(tmp_path / "other", intermediate_size=64)
     assert main(arguments(other, small_profile, store)) == 2
     assert "another base" in one_line(capsys)
+
+
+def test_explain_says_where_every_byte_goes(store, tiny_checkpoint, small_profile, capsys):
+    command = [
+        *arguments(tiny_checkpoint, small_profile, store),
+        *("--experts", str(store / "selection.json"), "--explain"),
+    ]
+    assert main(command) == 0
+    text = capsys.readouterr().err
+    memory = read_manifest(store / "small" / "manifest.json").memory
+    assert f"{memory.predicted / 2**20:.1f} MB" in text
+    assert f"{memory.arena / 2**20:.1f} MB" in text
+    for words in ("32.0 MB", "3 int8 r4", "selected by hand", "flash", "uplink", "optimizer"):
+        assert words in text
+
+
+BASE = outline.of(
+    {
+        "model_type": "olmoe",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def lowered_with(arena):
+    """What lowering gives, but for an arena that `arena` decides."""
+
+    def lower(base, family, shape, store, advance):
+        parts = {
+            "blob": store.put(b"program"),
+            "method": "forward",
+            "inputs": (TensorSpec(name="dense", shape=(inputs(base, shape),), dtype="uint8"),),
+            "parameters": tuple(adapter_specs(base, shape)),
+            "outputs": (),
+        }
+        made = Program(arena_bytes=arena(base, shape), **parts)
+        return Programs(train=made, evaluate=replace(made, arena_bytes=0))
+
+    def inputs(base, shape):
+        floats = costs.parameter_floats(base, shape)
+        return costs.inputs_bytes(base, costs.dense_of(base), shape) + 4 * floats
+
+    return lower
+
+
+def built(monkeypatch, tmp_path, small_profile, arena):
+    monkeypatch.setattr(build, "lower_programs", lowered_with(arena))
+    profile = replace(device_profiles.load(small_profile), budget_mb=13)
+    return build.build(BASE, profile, tmp_path, Choices(), items.prior(BASE), lambda stage: None)
+
+
+def estimated(base, shape):
+    return costs.arena_bytes(base, costs.dense_of(base), shape)
+
+
+def test_what_the_estimate_missed_costs_experts(monkeypatch, tmp_path, small_profile):
+    right = built(monkeypatch, tmp_path / "a", small_profile, estimated)[0]
+    more = built(
+        monkeypatch, tmp_path / "b", small_profile, lambda b, s: estimated(b, s) + (700 << 10)
+    )[0]
+    kept = [sum(map(len, artifact.shape.slots)) for artifact in (right, more)]
+    assert right.memory.predicted <= right.memory.budget
+    assert more.memory.predicted <= more.memory.budget
+    assert read_manifest(tmp_path / "b" / "small" / "manifest.json") == more
+    assert right.shape != more.shape
+    assert kept[1] <= kept[0]
+
+
+def test_what_does_not_fit_is_not_shipped(monkeypatch, tmp_path, small_profile):
+    with pytest.raises(plan.DoesNotFit, match="memory: about .* MB needed, the budget is 13.0 MB"):
+        built(monkeypatch, tmp_path, small_profile, lambda b, s: 14 << 20)
+    assert not list(tmp_path.glob("*/manifest.json"))
+    assert BlobStore(tmp_path).folder.is_dir()
