@@ -127,15 +127,15 @@ def test_a_permutation_of_nearly_equal_values_causes_no_download(fleet, order):
 
 def test_an_expert_moves_up_only_for_more_than_the_margin():
     slots, former = {"a": [[WIDE, HALF]]}, {"a": [[1, 0]]}
-    for value, wanted in ((0.52, [1, 0]), (0.6, [0, 1])):
-        v = {"a": np.array([[value, 0.5, 0.1, 0.1]])}  # the margin is 0.1 / 4
+    for value, wanted in ((0.51, [1, 0]), (0.6, [0, 1])):
+        v = {"a": np.array([[value, 0.5, 0.1, 0.1]])}  # the margin is 0.05 / 4
         got = choose(v, slots, top_k=1, coverage=0.0, seed=0, former=former)
         assert got == {"a": [wanted]}
 
 
 def test_a_frozen_slot_is_not_lost_to_a_slightly_better_expert():
-    # Expert 1 is there for coverage and worth little; 3 is hardly better than 2, the margin being 0.1 / 8.
-    v = {"a": np.array([[0.5, 0.01, 0.02, 0.03, 0, 0, 0, 0]])}
+    # Expert 1 is there for coverage and worth little; 3 is hardly better than 2, the margin being 0.05 / 8.
+    v = {"a": np.array([[0.5, 0.015, 0.02, 0.025, 0, 0, 0, 0]])}
     slots, former = {"a": [[FULL, FULL, FROZEN]]}, {"a": [[0, 1, 2]]}
     assert choose(v, slots, top_k=1, coverage=0.5, seed=0, former=former) == former
 
