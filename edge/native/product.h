@@ -119,24 +119,40 @@ inline void multiply(const float* w, long sk, long sj, const float* x, long ldx,
 }
 
 inline float sum_lanes(Vec v) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+#endif
+}
+
+// c[j * sj + r * sr] += sum_n x[j][n] * t[r][n] for RS values of r from r0.
+template <int RS>
+inline void outer_rows(const float* x, const float* t, long ld, float* c, long sj, long sr, long J, long N) {
+  for (long j = 0; j < J; ++j) {
+    Vec sum[RS] = {};
+    for (long n = 0; n < N; n += LANES) {
+      const Vec xs = load<Vec>(x + j * ld + n);
+#pragma GCC unroll 8
+      for (int r = 0; r < RS; ++r) sum[r] += xs * load<Vec>(t + r * ld + n);
+    }
+    for (int r = 0; r < RS; ++r) c[j * sj + r * sr] += sum_lanes(sum[r]);
+  }
 }
 
 // c[j * sj + r * sr] += sum_n x[j][n] * t[r][n]: the gradient of a LoRA factor.
 inline void outer(const float* x, const float* t, long ld, float* c, long sj, long sr, long J, long R, long N) {
-  for (long r0 = 0; r0 < R; r0 += 4) {
-    const long rs = std::min<long>(4, R - r0);
-    for (long j = 0; j < J; ++j) {
-      Vec sum[4] = {};
-      for (long n = 0; n < N; n += LANES) {
-        const Vec xs = load<Vec>(x + j * ld + n);
-        for (long r = 0; r < rs; ++r) sum[r] += xs * load<Vec>(t + (r0 + r) * ld + n);
-      }
-      for (long r = 0; r < rs; ++r) c[j * sj + (r0 + r) * sr] += sum_lanes(sum[r]);
-    }
-  }
+  executorch::extension::parallel_for(0, J, 128, [&](int64_t begin, int64_t end) {
+    const float* from = x + begin * ld;
+    float* to = c + begin * sj;
+    long r = 0;
+    for (; r + 8 <= R; r += 8) outer_rows<8>(from, t + r * ld, ld, to + r * sr, sj, sr, end - begin, N);
+    for (; r < R; ++r) outer_rows<1>(from, t + r * ld, ld, to + r * sr, sj, sr, end - begin, N);
+  });
 }
 
 // Formats as in protocol/packing.py.
