@@ -1,7 +1,8 @@
 """The ExecuTorch runtime without torch: our operators and a C interface, compiled against the wheel, called by ctypes.
 
 The library is built on first use with the machine's C++ compiler (a few seconds) and kept in the user's cache, named by
-a hash of everything it is made of. EXPERTFLEET_NATIVE names a library built elsewhere.
+a hash of everything it is made of. EXPERTFLEET_NATIVE names a library built elsewhere, EXPERTFLEET_MARCH the processor
+to build for (default: this one).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 SOURCES = ("ops.cpp", "runtime.cpp")
 HEADERS = ("activation.h", "attention.h", "product.h")
 FLAGS = (
-    *("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w"),
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-w"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-DET_USE_THREADPOOL", "-DC10_USING_CUSTOM_GENERATED_MACROS"),
 )
@@ -88,10 +89,11 @@ def build() -> Path:
     if given := os.environ.get("EXPERTFLEET_NATIVE"):
         return Path(given)
     folder, sdk = Path(__file__).parent, _sdk()
+    flags = (*FLAGS, f"-march={os.environ.get('EXPERTFLEET_MARCH', 'native')}")
     digest = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
         digest.update((folder / name).read_bytes())
-    for fact in (*FLAGS, *LIBRARIES, version("executorch"), str(sdk), _cpu()):
+    for fact in (*flags, *LIBRARIES, version("executorch"), str(sdk), _cpu()):
         digest.update(fact.encode() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertfleet"
     library = cache / f"native-{digest.hexdigest()[:16]}.so"
@@ -103,7 +105,7 @@ def build() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     include = sdk / "include"
     command = [
-        *(compiler, *FLAGS, f"-I{include}"),
+        *(compiler, *flags, f"-I{include}"),
         f"-I{include}/executorch/runtime/core/portable_type/c10",
         *(str(folder / name) for name in SOURCES),
         # Kernels register themselves when their library is loaded: none may be dropped as unused.

@@ -49,7 +49,7 @@ class Scratch {
     used_.emplace_back();
     size_t slot = used_.size() - 1;
     if (slot == pool_.size()) pool_.emplace_back();
-    if (static_cast<long>(pool_[slot].size()) < count + LANES) pool_[slot].resize(count + LANES);
+    if (static_cast<long>(pool_[slot].size()) < count + LINE) pool_[slot].resize(count + LINE);
     auto address = reinterpret_cast<uintptr_t>(pool_[slot].data());
     return reinterpret_cast<float*>((address + 63) / 64 * 64);
   }
@@ -57,6 +57,7 @@ class Scratch {
   void release(size_t mark) { used_.resize(mark); }
 
  private:
+  static constexpr long LINE = 16; // floats of a cache line, to which buffers are aligned
   std::vector<std::vector<float>> pool_;
   std::vector<char> used_;
 };
