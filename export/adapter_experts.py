@@ -56,7 +56,8 @@ def adapter_experts(
     """
     of_slot = slot_weights(weight, slot, len(widths))
     # Which slot a column of the inner features belongs to, as one-hot rows.
-    columns = torch.repeat_interleave(torch.eye(len(widths)), torch.tensor(widths), dim=1)  # [P, H]
+    owner = torch.tensor([slot for slot, width in enumerate(widths) for _ in range(width)])
+    columns = (torch.arange(len(widths)).unsqueeze(1) == owner).to(x.dtype)  # [P, H]
     weighted = inner(x, a, widths) * torch.mm(of_slot, columns)
     return torch.mm(weighted, outer(b, widths, x.shape[1]).t())
 

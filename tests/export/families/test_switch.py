@@ -87,11 +87,11 @@ def reference(checkpoint, resident, shape, adapter, batch):
                     b = leaves[names.lora(layer, expert, projection, "lora_B")]
                     weights[name] = weights[name] + lora.SCALE * b @ a
         del weights[f"{at}.router.classifier.weight"]
-        absent = torch.ones(tiny_switch.EXPERTS, dtype=torch.bool)
+        rows, absent = torch.stack(rows), torch.ones(tiny_switch.EXPERTS, dtype=torch.bool)
         absent[list(ids)] = False
         model.get_submodule(f"{at}.router.classifier").register_forward_hook(
-            lambda module, args, out, rows=torch.stack(rows), absent=absent: (
-                (args[0] @ rows.T).masked_fill(absent, float("-inf"))
+            lambda module, args, out, rows=rows, absent=absent: (args[0] @ rows.T).masked_fill(
+                absent, float("-inf")
             )
         )
     targets = torch.from_numpy(batch.targets)
