@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from protocol.manifest import PeftLayout
 
@@ -60,7 +61,7 @@ def plain_activations(model: nn.Module) -> None:
     """Replace every SiLU module."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.SiLU):
+            if isinstance(child, nn.SiLU | SiLUActivation):
                 setattr(module, name, Silu())
 
 
