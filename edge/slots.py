@@ -44,8 +44,8 @@ def resident_of(
             raise SlotError(
                 f"resident: {len(set(ids))} experts for layer {layer}, {room} slots to fill"
             )
-        if min(ids) < 0 or max(ids) >= experts:
-            raise SlotError(f"resident: expert {max(ids)} of layer {layer}, {experts} exist")
+        if strangers := [e for e in ids if not 0 <= e < experts]:
+            raise SlotError(f"resident: expert {strangers[0]} of layer {layer}, {experts} exist")
         resident[layer] = ids
     return resident
 

@@ -25,12 +25,12 @@ using executorch::runtime::EValue;
 namespace {
 constexpr int MAX_DIMS = 8;
 
-// The runtime says on its log why it refuses something; its error codes alone say little.
-thread_local std::string last_error;
+// The runtime says on its log why it refuses something; its error codes alone say little. The first line is the cause.
+thread_local std::string first_error;
 
 void keep_errors(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t, const char* message,
                  size_t length) {
-  if (level == kError || level == kFatal) last_error.assign(message, length);
+  if (first_error.empty() && (level == kError || level == kFatal)) first_error.assign(message, length);
 }
 
 const bool logging = executorch::runtime::register_pal(
@@ -48,7 +48,7 @@ int fail(char* message, size_t room, const std::string& text) {
 }
 
 std::string reason(executorch::runtime::Error error) {
-  return std::string(executorch::runtime::to_string(error)) + (last_error.empty() ? "" : ": " + last_error);
+  return std::string(executorch::runtime::to_string(error)) + (first_error.empty() ? "" : ": " + first_error);
 }
 } // namespace
 
@@ -71,7 +71,7 @@ int expertfleet_set_threads(uint32_t threads) {
 // The file is mapped, not read. With `trace` the time of every operator is kept, see expertfleet_write_trace. On failure
 // null, and why in `message`.
 Program* expertfleet_open(const char* path, int trace, char* message, size_t room) {
-  last_error.clear();
+  first_error.clear();
   auto program = std::make_unique<Program>();
   std::unique_ptr<executorch::etdump::ETDumpGen> tracer;
   if (trace) tracer = std::make_unique<executorch::etdump::ETDumpGen>();
@@ -100,7 +100,7 @@ int64_t expertfleet_arena(Program* program, const char* method) {
 // Runs `method`; the arrays must live until the next run. Returns 0, or 1 and why in `message`.
 int expertfleet_run(Program* program, const char* method, const expertfleet_array* inputs, int32_t count, char* message,
                     size_t room) {
-  last_error.clear();
+  first_error.clear();
   std::vector<executorch::extension::TensorPtr> tensors;
   std::vector<EValue> values;
   for (int32_t i = 0; i < count; ++i) {

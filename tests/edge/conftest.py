@@ -1,20 +1,18 @@
-"""A tiny base made by hand, sliced into a store as `export.build` does. Without programs: torch needs none."""
+"""A tiny base, sliced in all three formats, as two profiles of mixed slots: `tiny` without programs, `runtime` with them."""
 
-import hashlib
-import json
+import dataclasses
 
-import numpy as np
 import pytest
 
-from protocol import PROTOCOL_VERSION, int4, tensors
+from protocol import PROTOCOL_VERSION
 from protocol.manifest import (
-    BaseIndex,
-    Blob,
     Manifest,
     MemoryPlan,
-    PeftLayout,
     Program,
     Shape,
+    Slot,
+    read_base,
+    read_manifest,
     to_json,
 )
 
@@ -23,15 +21,14 @@ TOPICS = {
     "science": "the laboratory measured the spectrum of a distant galaxy",
     "finance": "the bank raised its rate and shares fell on the market",
 }
+SLOTS = (
+    tuple(Slot(format=f, rank=r) for f, r in (("int8", 4), ("int4", 4), ("nf4", 2), ("int4", 0))),
+    tuple(Slot(format=f, rank=r) for f, r in (("int4", 4), ("int8", 2), ("nf4", 0))),
+)
 
 
-def put(blobs, data):
-    sha = hashlib.sha256(data).hexdigest()
-    (blobs / sha).write_bytes(data)
-    return Blob(sha256=sha, bytes=len(data))
-
-
-def make_tokenizer():
+@pytest.fixture(scope="session")
+def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -48,16 +45,12 @@ def make_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tokenizer):
-    """The whole base as transformers sees it, its experts rounded to what the blobs hold."""
+def tiny_checkpoint(tmp_path_factory, tokenizer):
+    """A random OLMoE with 6 experts in each of 2 layers."""
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
+    folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -75,81 +68,30 @@ def tiny_model(tokenizer):
         eos_token_id=None,
         bos_token_id=None,
     )
-    config._experts_implementation = "eager"
-    model = OlmoeForCausalLM._from_config(config, attn_implementation="eager").float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
-            if ".experts." in name:
-                for row in parameter:
-                    row.copy_(torch.from_numpy(int4.dequantize(*int4.quantize(row.numpy()))))
-            parameter.copy_(parameter.half().float() if "experts" not in name else parameter)
-    return model
+    model = OlmoeForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory, tokenizer, tiny_model):
-    """STORE with base.json, blobs and the manifest of a profile `tiny` with 4 and 3 slots."""
+def tiny_store(tmp_path_factory, tiny_checkpoint):
+    """STORE with base.json, blobs and the manifest of profile `tiny`: 4 and 3 slots, no program."""
+    from export import families
+    from export.blob_store import BlobStore
+    from export.checkpoint import Checkpoint
+    from export.slice_base import slice_base
+
     root = tmp_path_factory.mktemp("store")
-    blobs = root / "blobs"
-    blobs.mkdir()
-    config = tiny_model.config
-    state = {n: p.detach().numpy() for n, p in tiny_model.named_parameters()}
-    experts, dense = [], {}
-    for name, value in state.items():
-        if ".experts." not in name:
-            dense[name] = value.astype(np.float16)
-    for layer in range(config.num_hidden_layers):
-        block = f"model.layers.{layer}.mlp"
-        dense[f"layers.{layer}.router"] = state[f"{block}.gate.weight"].astype(np.float16)
-        row = []
-        for e in range(config.num_experts):
-            parts = {}
-            for projection in ("gate_up", "down"):
-                packed, scale = int4.quantize(state[f"{block}.experts.{projection}_proj"][e])
-                parts[f"{projection}.packed"], parts[f"{projection}.scale"] = packed, scale
-            row.append(put(blobs, tensors.encode(parts)))
-        experts.append(tuple(row))
-    dense_blob = put(blobs, tensors.encode(dense))
-    tokenizer_blob = put(blobs, tokenizer.to_str().encode())
-    prefix = "base_model.model.model.layers.{layer}.mlp"
-    base = BaseIndex(
-        protocol=PROTOCOL_VERSION,
-        base="b" * 64,
-        model_type="olmoe",
-        config=json.loads(config.to_json_string(use_diff=False)),
-        moe_layers=tuple(range(config.num_hidden_layers)),
-        num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        group=int4.GROUP,
-        dense=dense_blob,
-        tokenizer=tokenizer_blob,
-        experts=tuple(experts),
-        routing_prior=tuple((1 / 6,) * 6 for _ in range(2)),
-        peft=PeftLayout(
-            target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-            modules_to_save=("gate",),
-            lora={
-                "gate_up": {
-                    "lora_A": prefix + ".experts.base_layer.lora_A.weight",
-                    "lora_B": prefix + ".experts.base_layer.lora_B.weight",
-                },
-                "down": {
-                    "lora_A": prefix + ".experts.lora_A.weight",
-                    "lora_B": prefix + ".experts.lora_B.weight",
-                },
-            },
-            router=prefix + ".gate.weight",
-            base_model_class="OlmoeForCausalLM",
-            parent_library="transformers.models.olmoe.modeling_olmoe",
-        ),
-    )
+    checkpoint = Checkpoint(tiny_checkpoint)
+    family = families.of(checkpoint.config, str(tiny_checkpoint))
+    formats = ("int4", "nf4", "int8")
+    base = slice_base(checkpoint, family, BlobStore(root), lambda stage: None, formats)
     program = Program(
-        blob=tokenizer_blob,  # there is no program; any blob does
+        blob=base.tokenizer,  # there is no program; any blob does
         method="forward",
         inputs=(),
         parameters=(),
@@ -161,11 +103,11 @@ def tiny_store(tmp_path_factory, tokenizer, tiny_model):
         protocol=PROTOCOL_VERSION,
         base=base.base,
         profile="tiny",
-        shape=Shape(batch=4, sequence=32, answers=2, rank=4, group=int4.GROUP, slots=(4, 3)),
+        shape=Shape(batch=4, sequence=32, answers=2, dense="int8", slots=SLOTS),
         train=program,
         evaluate=program,
-        dense=dense_blob,
-        tokenizer=tokenizer_blob,
+        dense=base.dense["int8"],
+        tokenizer=base.tokenizer,
         memory=MemoryPlan(
             budget=400 * mib,
             arena=mib,
@@ -186,10 +128,27 @@ def tiny_store(tmp_path_factory, tokenizer, tiny_model):
 @pytest.fixture(scope="session")
 def artifact(tiny_store):
     from edge.session import Artifact
-    from protocol.manifest import read_base, read_manifest
 
     return Artifact(
         read_base(tiny_store / "base.json"),
         read_manifest(tiny_store / "tiny" / "manifest.json"),
         tiny_store / "blobs",
     )
+
+
+@pytest.fixture(scope="session")
+def lowered(tiny_store, artifact):
+    """The same slots with both programs, also in the store as profile `runtime`."""
+    from export import families
+    from export.blob_store import BlobStore
+    from export.programs import lower_programs
+
+    family = families.of(artifact.base.config, "here")
+    store = BlobStore(tiny_store)
+    made = lower_programs(artifact.base, family, artifact.manifest.shape, store, lambda stage: None)
+    manifest = dataclasses.replace(
+        artifact.manifest, profile="runtime", train=made.train, evaluate=made.evaluate
+    )
+    (tiny_store / "runtime").mkdir(exist_ok=True)
+    (tiny_store / "runtime" / "manifest.json").write_bytes(to_json(manifest))
+    return dataclasses.replace(artifact, manifest=manifest)

@@ -28,12 +28,13 @@ def test_sums_land_on_global_experts():
     sums.add(b, {1: one, 3: three})
     sums.add(b, {1: one, 3: three})
     sums.add_routed(
-        {1: np.array([10, 20], np.float32), 3: np.array([5], np.float32)}, {1: [1], 3: []}
+        {1: np.array([10, 20], np.float32), 3: np.array([5], np.float32)},
+        {1: [0], 3: []},  # the others are frozen
     )
     arrays = sums.arrays()
     assert arrays["mass"].tolist() == [[2, 4, 6, 8], [0, 0, 0, 0]]
     assert arrays["output_norm"].tolist() == [[12, 0, 10, 0], [0, 14, 0, 0]]
-    assert arrays["trained_tokens"].tolist() == [[0, 0, 10, 0], [0, 5, 0, 0]]
+    assert arrays["trained_tokens"].tolist() == [[20, 0, 0, 0], [0, 0, 0, 0]]
     assert sums.tokens == 16
     assert sums.missed_mass() == (4 / 16, 0.0)
 
