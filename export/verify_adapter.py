@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
 from export import families
@@ -30,11 +30,12 @@ from export.checkpoint import Checkpoint, CheckpointError, locate
 from export.families import FamilyError
 from export.families.family import Family
 from protocol import lora, names
+from protocol.manifest import PeftLayout
 from protocol.tensors import TensorError, decode
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest difference of a logit; the two sums differ in rounding only
-ROWS, TOKENS = 4, 64
+ROWS, TOKENS, ANSWER = 4, 64, 8
 
 
 class VerifyError(ValueError):
@@ -52,16 +53,23 @@ class Verdict:
     logit_change: float  # how far the adapter moves the base's logits
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, family: Family) -> Any:
     """The base in float32 with the plain loop over experts, the slow and simple implementation."""
-    model = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForSeq2SeqLM if family.architecture == "seq2seq" else AutoModelForCausalLM
+    model = kind.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval()
 
 
-def _experts(model: Any, family: Family, layer: int) -> Any:
-    return model.get_submodule(f"{family.block.format(layer=layer)}.experts")
+def _logits(model: Any, family: Family) -> Any:
+    """Answers to the same random text, whatever the model."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (ROWS, TOKENS), generator=generator)
+    text = {"input_ids": ids}
+    if family.architecture == "seq2seq":
+        text["decoder_input_ids"] = ids.flip(1)[:, :ANSWER]
+    return model(**text).logits
 
 
 def read_adapter(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -108,50 +116,58 @@ def add(model: Any, family: Family, delta: dict[tuple[int, int, str], Any]) -> N
     """Add every change to the model's own weights."""
     for (layer, expert, what), change in delta.items():
         if what == "router":
-            weight = model.get_parameter(family.router.format(layer=layer))
+            weight = model.get_parameter(family.router.format(layer=layer))[expert]
+        elif what in family.fused:
+            weight = model.get_parameter(family.fused[what].format(layer=layer))[expert]
         else:
-            weight = getattr(_experts(model, family, layer), f"{what}_proj")
-        weight[expert] += torch.from_numpy(np.asarray(change, dtype=np.float32))
+            (name,) = family.split[what]
+            weight = model.get_parameter(name.format(layer=layer, expert=expert))
+        weight += torch.from_numpy(np.asarray(change, dtype=np.float32))
+
+
+def _seen(peft: Any, layout: PeftLayout, layer: int, expert: int, projection: str) -> Any:
+    """The change that PEFT applies to one projection of one expert."""
+    key = layout.key(layout.lora[projection]["lora_A"], layer, expert)
+    module = peft.get_submodule(key.removesuffix(".lora_A.weight"))
+    change = module.get_delta_weight("default").numpy()
+    return change[expert] if isinstance(module, ParamWrapper) else change
 
 
 @torch.no_grad()
 def verify(base: Path, adapter: Path) -> Verdict:
     """Compare stock PEFT with the server's model; raises VerifyError when they differ."""
-    family = families.of(Checkpoint(base).config, str(base))
+    checkpoint = Checkpoint(base)
+    family = families.of(checkpoint.config, str(base))
+    if family.peft is None:
+        raise VerifyError(f"{adapter}: PEFT has no adapter experts; export.fft_adapter loads these")
+    config = families.complete(checkpoint.config, str(base))
     tensors = read_adapter(adapter)
     delta = changes(tensors)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        peft = PeftModel.from_pretrained(_load(base), adapter).eval()
+        peft = PeftModel.from_pretrained(_load(base, family), adapter).eval()
     dropped = [str(w.message) for w in said if "key" in str(w.message)]
     if dropped:
         raise VerifyError(f"{adapter}: PEFT did not take everything: {dropped[0].splitlines()[0]}")
 
     worst = 0.0
-    covered = 0
-    for module_name, module in peft.named_modules():
-        if not isinstance(module, ParamWrapper):
-            continue
-        layer = int(module_name.split("layers.")[1].split(".")[0])
-        projection = module.parameter_name.removesuffix("_proj")
-        seen = module.get_delta_weight("default").numpy()
-        for expert in range(seen.shape[0]):
-            wanted = delta.get((layer, expert, projection))
-            covered += wanted is not None
-            difference = seen[expert] if wanted is None else seen[expert] - wanted
-            worst = max(worst, float(np.abs(difference).max()))
-    wanted_keys = sum(what != "router" for _, _, what in delta)
-    if covered != wanted_keys:
-        raise VerifyError(f"{adapter}: PEFT holds {covered} of {wanted_keys} expert changes")
+    for layer in family.moe_layers(config):
+        for projection in family.projections:
+            for expert in range(family.num_experts(config)):
+                try:
+                    seen = _seen(peft, family.peft, layer, expert, projection)
+                except (AttributeError, KeyError) as error:
+                    raise VerifyError(
+                        f"{adapter}: PEFT holds no {projection} of expert {expert} in layer {layer}"
+                    ) from error
+                wanted = delta.get((layer, expert, projection), 0.0)
+                worst = max(worst, float(np.abs(seen - wanted).max()))
 
-    ids = torch.randint(
-        0, peft.config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)
-    )
-    through_peft = peft(input_ids=ids).logits
-    ours = _load(base)
-    plain = ours(input_ids=ids).logits
+    through_peft = _logits(peft, family)
+    ours = _load(base, family)
+    plain = _logits(ours, family)
     add(ours, family, delta)
-    meant = ours(input_ids=ids).logits
+    meant = _logits(ours, family)
     verdict = Verdict(
         tensors=len(tensors),
         experts_changed=len(

@@ -164,7 +164,8 @@ class PeftLayout:
     """Where stock PEFT looks for our tensors. Written by `export`, used by `server`.
 
     Keys are templates for `key`: `{layer}`, `{expert}` and `{place}`, which is the layer's entry in `places`. A model
-    of two stacks (encoder, decoder) needs places, because its layers are numbered through.
+    of two stacks (encoder, decoder) needs places, because its layers are numbered through. `router_extra` names what a
+    router has beside its rows: PEFT saves routers whole.
     """
 
     target_parameters: tuple[str, ...]
@@ -177,6 +178,7 @@ class PeftLayout:
     base_model_class: str
     parent_library: str
     places: dict[str, str] = field(default_factory=dict)
+    router_extra: dict[str, str] = field(default_factory=dict)  # `layers.l.router.<name>` -> key
 
     def key(self, template: str, layer: int, expert: int = 0) -> str:
         """A template of this layout, filled in."""

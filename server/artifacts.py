@@ -97,11 +97,21 @@ class Artifacts:
         ManifestError
             When the dense blob is absent or lacks them.
         """
+        dense = self._dense()
+        try:
+            return {layer: dense[f"layers.{layer}.router"] for layer in self.base.moe_layers}
+        except KeyError as error:
+            raise ManifestError(f"{self.folder}: dense blob without {error}") from error
+
+    def router_extra(self) -> dict[str, NDArray[Any]]:
+        """`layers.l.router.<name>` -> what routers have beside their rows; raises ManifestError as `routers`."""
+        return {n: value for n, value in self._dense().items() if ".router." in n}
+
+    def _dense(self) -> dict[str, NDArray[Any]]:
         blob = self.base.dense[min(self.base.dense)]  # routers are the same in every format
         path = self.blob_path(blob.sha256)
         try:
-            dense = map_tensors(path)
-            return {layer: dense[f"layers.{layer}.router"] for layer in self.base.moe_layers}
+            return map_tensors(path)
         except (OSError, KeyError, ValueError) as error:
             raise ManifestError(f"{path}: no readable dense blob: {error}") from error
 

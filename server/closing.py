@@ -86,6 +86,12 @@ def write_version(
     """Write `folder/<version>/`: our own form and PEFT's, or for adapter experts the form our loader reads."""
     base = artifacts.base
     name = base_name or f"{base.model_type}-{base.base[:12]}"
-    form = fft_adapter.fft_files if base.peft is None else peft_adapter.peft_files
-    files = form(adapter, artifacts.routers(), base, version=version, base_name=name)
+    routers = artifacts.routers()
+    if base.peft is None:
+        files = fft_adapter.fft_files(adapter, routers, base, version=version, base_name=name)
+    else:
+        extra = artifacts.router_extra()
+        files = peft_adapter.peft_files(
+            adapter, routers, base, version=version, base_name=name, extra=extra
+        )
     adapters.write_version(folder, version, adapter, files)

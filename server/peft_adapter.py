@@ -22,7 +22,10 @@ PEFT_VERSION = "0.21.2"
 
 
 def peft_tensors(
-    adapter: Mapping[str, NDArray[np.float32]], routers: Mapping[int, NDArray[Any]], base: BaseIndex
+    adapter: Mapping[str, NDArray[np.float32]],
+    routers: Mapping[int, NDArray[Any]],
+    base: BaseIndex,
+    extra: Mapping[str, NDArray[Any]],
 ) -> dict[str, NDArray[np.float32]]:
     """PEFT's state dict.
 
@@ -30,6 +33,7 @@ def peft_tensors(
     ----------
     adapter : global names -> float32
     routers : layer -> base router rows [E, hidden]
+    extra : `layers.l.router.<name>` -> what the base's router has beside its rows, such as a selection bias
     """
     state: dict[str, NDArray[np.float32]] = {}
     layout, experts = _layout(base), range(base.num_experts)
@@ -48,6 +52,9 @@ def peft_tensors(
                 state[layout.key(key_b, layer)] = np.stack(b, -1).reshape(b[0].shape[0], -1)
         change = np.stack([adapter[names.router_row(layer, e)] for e in experts])
         state[layout.key(layout.router, layer)] = routers[layer].astype(np.float32) + change
+        for name, key in layout.router_extra.items():
+            rows = extra[f"layers.{layer}.router.{name}"]
+            state[layout.key(key, layer)] = np.asarray(rows, dtype=np.float32)
     return state
 
 
@@ -99,12 +106,15 @@ def peft_files(
     *,
     version: int,
     base_name: str,
+    extra: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, bytes]:
-    """File name -> content of the directory; `base_name` is what PEFT shall call the base."""
+    """File name -> content of the directory; `base_name`: what PEFT shall call the base; others as in `peft_tensors`."""
     rank = adapter[names.lora(base.moe_layers[0], 0, base.projections[0], "lora_A")].shape[0]
     config = peft_config(base, rank, base_name)
     return {
-        "adapter_model.safetensors": tensors.encode(peft_tensors(adapter, routers, base)),
+        "adapter_model.safetensors": tensors.encode(
+            peft_tensors(adapter, routers, base, extra or {})
+        ),
         "adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
         "README.md": _card(base, rank, version, base_name).encode(),
     }

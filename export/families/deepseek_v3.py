@@ -8,6 +8,8 @@ from torch import Tensor
 from export.families import deepseek_v2, group_limited
 from export.families.family import Config, Rows
 
+BIAS = f"{deepseek_v2.BLOCK}.gate.e_score_correction_bias"
+
 
 def route(logits: Tensor, rows: Rows, config: Config) -> tuple[Tensor, Tensor]:
     """The bias decides who is chosen, the sigmoid alone how much it weighs.
@@ -36,12 +38,13 @@ def probabilities(logits: Tensor, config: Config) -> Tensor:
 FAMILY = dataclasses.replace(
     deepseek_v2.FAMILY,
     model_type="deepseek_v3",
-    router_extra={"bias": f"{deepseek_v2.BLOCK}.gate.e_score_correction_bias"},
+    router_extra={"bias": BIAS},
     route=route,
     probabilities=probabilities,
     peft=dataclasses.replace(
         deepseek_v2.FAMILY.peft,
         base_model_class="DeepseekV3ForCausalLM",
         parent_library="transformers.models.deepseek_v3.modeling_deepseek_v3",
+        router_extra={"bias": f"base_model.model.{BIAS}"},
     ),
 )
