@@ -19,6 +19,7 @@ from edge.outbox import OutboxError
 from edge.run import Options, run
 from edge.session import BACKENDS, SessionError
 from edge.slots import SlotError
+from edge.trust import TrustError
 
 EXAMPLE = """example:
   python -m edge --server http://192.168.1.10:8470 --profile jetson_orin_nano \\
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--backend", choices=sorted(BACKENDS), default="executorch", help="(executorch)")
     add("--budget-mb", type=float, metavar="MB", help="memory, 2^20 bytes each (the artifact's)")
     add("--enforce", default="none", metavar="HOW", help="none, rlimit or cgroup:/PATH (none)")
+    add("--trust", type=Path, metavar="KEY", help="public key of the artifacts (the first met)")
     add("--held-back", type=int, default=64, metavar="N", help="rows to evaluate on (64)")
     add("--once", action="store_true", help="stop after one lease")
     add("--verbose", action="store_true", help="say more")
@@ -70,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         enforce=found.enforce,
         held_back=found.held_back,
         once=found.once,
+        trust=found.trust,
     )
 
 
@@ -95,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OutboxError,
         SessionError,
         SlotError,
+        TrustError,
     ) as error:
         print(f"edge: {error}", file=sys.stderr)
         return 2

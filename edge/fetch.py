@@ -5,6 +5,7 @@ Transient failures (server restarting, connection cut) are ridden out; what the 
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import logging
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge.trust import Signed, Trust, TrustError
 from protocol import PROTOCOL_VERSION, messages
 from protocol.manifest import (
     BaseIndex,
@@ -74,8 +76,8 @@ class Server:
         """
         if self.token:
             headers = {**headers, "Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(self.url + path, data=body, headers=headers)
         try:
+            request = urllib.request.Request(self.url + path, data=body, headers=headers)
             response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
             return response
         except urllib.error.HTTPError as error:
@@ -109,24 +111,46 @@ class Server:
                 time.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(pause * 2, 10.0)
 
-    def json(self, path: str, body: bytes | None = None) -> Any:
-        """Parsed JSON of a GET, or of a POST of `body`; raises FetchError."""
+    def signed(self, path: str, body: bytes | None = None) -> Signed:
+        """What a GET, or a POST of `body`, gives, with the signature that came along; raises FetchError."""
 
-        def attempt() -> bytes:
+        def attempt() -> Signed:
             headers = {"Content-Type": "application/json"} if body is not None else {}
             try:
                 with self.open(path, headers, body) as response:
                     data = response.read(MAX_JSON + 1)
+                    signature = _decoded(response.headers.get("X-Signature"))
+                    key = _decoded(response.headers.get("X-Signature-Key"))
             except (OSError, http.client.HTTPException) as error:
                 raise Transient(str(error) or type(error).__name__) from error
             if len(data) > MAX_JSON:
                 raise FetchError(f"{self.url}{path}: more than {MAX_JSON} bytes")
-            return data
+            return Signed(data, signature, key)
 
+        answer: Signed = self.retry(path, attempt)
+        return answer
+
+    def json(self, path: str, body: bytes | None = None) -> Any:
+        """Parsed JSON of a GET, or of a POST of `body`; raises FetchError."""
+        return self._parsed(path, self.signed(path, body).data)
+
+    def _parsed(self, path: str, data: bytes) -> Any:
         try:
-            return json.loads(self.retry(path, attempt))
+            return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise FetchError(f"{self.url}{path}: not JSON: {error}") from error
+
+    def _trusted(self, path: str, trust: Trust | None) -> Any:
+        """Parsed JSON of a GET that `trust` has nothing against."""
+        answer = self.signed(path)
+        if trust is None:
+            return self._parsed(path, answer.data)
+        try:
+            return self._parsed(path, trust.check(self.url + path, answer))
+        except TrustError:
+            # Between two files of a store that is being rebuilt: once more.
+            time.sleep(1.0)
+            return self._parsed(path, trust.check(self.url + path, self.signed(path)))
 
     def register(self, device: str, profile: str, token: str | None, rows: int) -> messages.Welcome:
         """POST /v1/devices; raises FetchError."""
@@ -147,20 +171,32 @@ class Server:
         self.token = welcome.token
         return welcome
 
-    def base(self) -> BaseIndex:
-        """GET /v1/base; raises FetchError."""
+    def base(self, trust: Trust | None = None) -> BaseIndex:
+        """GET /v1/base; raises FetchError, and TrustError when `trust` refuses it."""
         try:
-            return parse_base(self.json("/v1/base"), f"{self.url}/v1/base")
+            return parse_base(self._trusted("/v1/base", trust), f"{self.url}/v1/base")
         except ManifestError as error:
             raise FetchError(str(error)) from error
 
-    def manifest(self, profile: str) -> Manifest:
-        """GET /v1/artifacts/{profile}; raises FetchError."""
+    def manifest(self, profile: str, trust: Trust | None = None) -> Manifest:
+        """GET /v1/artifacts/{profile}; raises FetchError, and TrustError when `trust` refuses it."""
         path = f"/v1/artifacts/{profile}"
         try:
-            return parse_manifest(self.json(path), self.url + path)
+            found = parse_manifest(self._trusted(path, trust), self.url + path)
         except ManifestError as error:
             raise FetchError(str(error)) from error
+        if found.profile != profile:
+            raise FetchError(f"{self.url}{path}: manifest of {found.profile[:64]!r} found")
+        if trust is not None:
+            trust.check_version(found.base, profile, found.version)
+        return found
+
+
+def _decoded(header: str | None) -> bytes | None:
+    try:
+        return None if header is None else base64.b64decode(header, validate=True)
+    except ValueError:
+        return b""
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

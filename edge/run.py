@@ -18,6 +18,7 @@ from edge.limits import MIB, MemoryLimit, OverBudgetError
 from edge.link import Connected, Event, Link
 from edge.outbox import Outbox, Parcel
 from edge.session import Artifact, Backend, SessionError, load_backend
+from edge.trust import Trust
 from protocol import chunks, messages, tensors, topics, update
 from protocol.manifest import Blob
 
@@ -44,6 +45,7 @@ class Options:
     enforce: str
     held_back: int
     once: bool
+    trust: Path | None = None
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Device:
     outbox: Outbox
     rows: list[data.Row]
     backend: Backend
+    trust: Trust
     limit: MemoryLimit | None = None
     counted_down: int = 0
     finished: set[str] = field(default_factory=set)
@@ -85,6 +88,7 @@ def run(options: Options) -> None:
         )
     server = Server(options.server)
     with Identity(options.workdir, options.device, options.profile, server.url) as identity:
+        trust = Trust(options.workdir, options.trust)
         cache = BlobCache(server, options.workdir / "blobs")
         outbox = Outbox(options.workdir / "outbox")
         device: Device | None = None
@@ -96,7 +100,7 @@ def run(options: Options) -> None:
             data.check_labels(rows, welcome.task.labels, str(options.data))
             if device is None:
                 backend = load_backend(options.backend)
-                device = Device(options, identity, server, cache, outbox, rows, backend)
+                device = Device(options, identity, server, cache, outbox, rows, backend, trust)
             log.info("device=%s run=%s profile=%s", identity.device, welcome.run, options.profile)
             artifact, prompts = prepare(device, welcome)
             with Link(welcome.broker, welcome.fleet, identity.device) as link:
@@ -108,7 +112,8 @@ def run(options: Options) -> None:
 
 def prepare(device: Device, welcome: messages.Welcome) -> tuple[Artifact, data.Prompter]:
     """Indices, program and dense blobs, tokenizer: what every lease needs."""
-    base, manifest = device.server.base(), device.server.manifest(device.options.profile)
+    base = device.server.base(device.trust)
+    manifest = device.server.manifest(device.options.profile, device.trust)
     if base.base != welcome.base or manifest.base != welcome.base:
         raise FetchError(
             f"{device.server.url}: artifact of base {manifest.base[:12]} in a run of {welcome.base[:12]}"

@@ -3,7 +3,8 @@
     python -m export.build --profile jetson_orin --out store
     python -m export.build --checkpoint DIR_OR_HUB_ID --profile pixel_8 --profile jetson_orin --out store
 
-Writes STORE/base.json, STORE/blobs/ and STORE/<profile>/manifest.json; artifacts in one store share their blobs.
+Writes STORE/base.json, STORE/blobs/ and STORE/<profile>/manifest.json; artifacts in one store share their blobs. What
+an interrupted build has sliced is not sliced again. With --sign KEY devices can tell that the artifacts are yours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,14 +25,16 @@ from rich.table import Table
 import device_profiles
 from device_profiles import DeviceProfile, ProfileError
 from export import costs, experts_file, explain, families, plan
-from export.blob_store import BlobStore, write_atomically
+from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint, CheckpointError, locate
 from export.experts_file import ExpertsError
 from export.families import FamilyError
 from export.families.family import Family
 from export.items import Values
+from export.keys import KeyFileError, read_private
 from export.plan import Choices, Plan
 from export.programs import Programs, lower_programs
+from export.publish import check_key, publish
 from export.slice_base import FORMATS, slice_base
 from protocol import PROTOCOL_VERSION, manifest, packing
 from protocol.manifest import BaseIndex, Manifest, ManifestError, MemoryPlan
@@ -47,6 +51,7 @@ def build(
     choices: Choices,
     values: Values,
     advance: Advance,
+    key: Ed25519PrivateKey | None = None,
 ) -> tuple[Manifest, Plan]:
     """Choose and lower the sub-MoE of a sliced base that fits `profile`; write it to `out`.
 
@@ -72,10 +77,8 @@ def build(
             str(layer): ids for layer, ids in zip(base.moe_layers, chosen.experts, strict=True)
         },
     )
-    write_atomically(out / "base.json", manifest.to_json(base))
     # The manifest comes last: no manifest, no artifact.
-    write_atomically(out / profile.name / "manifest.json", manifest.to_json(artifact))
-    return artifact, chosen
+    return publish(out, base, artifact, key), chosen
 
 
 def _lowered(
@@ -175,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
         help="formats that experts and dense are stored in, of int4,nf4,int8 "
         f"(default: those that the store has, or {','.join(FORMATS)})",
     )
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="sign with this key (see python -m export.keys)"
+    )
     parser.add_argument("--jobs", type=int, help="threads that slice (default: the cores)")
     parser.add_argument("--experts", type=Path, help="JSON with routing mass or a selection")
     parser.add_argument(
@@ -265,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         profiles = [device_profiles.load(name) for name in args.profile]
         scales = _scales(args.scale_budget, len(profiles))
         experts = experts_file.read(args.experts)
+        key = None if args.sign is None else read_private(args.sign)
+        check_key(args.out, key)
         checkpoint = Checkpoint(locate(args.checkpoint))
         family = families.of(checkpoint.config, str(checkpoint.path))
         config = families.complete(checkpoint.config, str(checkpoint.path))
@@ -287,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             values = experts_file.values(base, experts)
             with _bar(console, profile.name, 2) as advance:
-                artifact, chosen = build(base, profile, args.out, choices, values, advance)
+                artifact, chosen = build(base, profile, args.out, choices, values, advance, key)
             _summary(console, base, artifact, chosen)
             if args.explain:
                 rank = choices.rank or profile.rank
@@ -298,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         CheckpointError,
         ExpertsError,
         FamilyError,
+        KeyFileError,
         ManifestError,
         ProfileError,
         plan.DoesNotFit,

@@ -79,6 +79,7 @@ def edge_command(plan: Plan, scenario: Scenario, device: Device, url: str) -> li
         "backend": plan.backend,
         "enforce": plan.enforce[device.name],
         "held-back": scenario.data.held_back,
+        "trust": plan.store / "key.pub",
     }
     return ["edge", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 

@@ -2,6 +2,7 @@
 
     STORE/base.json              BaseIndex: every (layer, expert) -> blob, dense blob, tokenizer
     STORE/<profile>/manifest.json  Manifest: the programs and the experts chosen for that profile
+    STORE/base.sig, STORE/<profile>/manifest.sig  signatures, 64 bytes over the file's (Ed25519), if the store is signed
     STORE/blobs/<sha256>         program, dense, tokenizer and expert blobs, named by their content
 
 Blobs, all safetensors; packed layouts are in `packing`. Expert, one per format: for each projection `{projection}.packed`
@@ -157,6 +158,7 @@ class Manifest:
     tokenizer: Blob
     memory: MemoryPlan
     experts: dict[str, tuple[int, ...]]  # layer -> global ids chosen at build time
+    version: int = 1  # grows with every build: a device that has used one refuses an older one
 
 
 @dataclass(frozen=True, kw_only=True)

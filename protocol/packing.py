@@ -85,6 +85,7 @@ def quantize(
     if columns % group or columns % 2:
         raise ValueError(f"{columns} input features are not a multiple of the group of {group}")
     groups = np.asarray(weight, dtype=np.float32).reshape(rows, columns // group, group)
+    codes: NDArray[Any]
     most, least = groups.max(-1), groups.min(-1)
     if not (np.isfinite(most).all() and np.isfinite(least).all()):
         raise ValueError("weight holds NaN or infinity")
@@ -99,8 +100,10 @@ def quantize(
     else:
         scale = _half(np.maximum(most, -least) / np.float32(127))
         codes = _levels(groups, scale, -127, 127) + 128
-    flat = codes.astype(np.uint8).reshape(rows, columns)
-    return flat if format == "int8" else (flat[:, 0::2] << 4) | flat[:, 1::2], scale
+    flat: NDArray[np.uint8] = codes.astype(np.uint8).reshape(rows, columns)
+    if format != "int8":
+        flat = np.left_shift(flat[:, 0::2], 4) | flat[:, 1::2]
+    return flat, scale
 
 
 def _half(scale: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -120,7 +123,8 @@ def _levels(
     groups: NDArray[np.float32], scale: NDArray[np.float16], low: int, high: int
 ) -> NDArray[np.float32]:
     """The nearest level of each weight; halves go to the even one."""
-    return np.clip(np.rint(groups / _divisor(scale)), np.float32(low), np.float32(high))
+    nearest: NDArray[np.float32] = np.rint(groups / _divisor(scale))
+    return nearest.clip(np.float32(low), np.float32(high))
 
 
 def _least_error(groups: NDArray[np.float32], widest: NDArray[np.float16]) -> NDArray[np.float16]:

@@ -1,7 +1,8 @@
-"""What `export` built, read-only: STORE/base.json, STORE/<profile>/manifest.json, STORE/blobs."""
+"""What `export` built, read-only: STORE/base.json, STORE/<profile>/manifest.json, their signatures, STORE/blobs."""
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,6 +85,22 @@ class Artifacts:
             raise ManifestError(
                 f"{where}: rank {_largest_rank(shape)} found, at most {self.rank} wanted"
             )
+
+    def signature(self, path: Path) -> dict[str, str]:
+        """Headers with the signature of a file of the store and the key it is by; none when it is not signed."""
+        try:
+            signature = path.with_suffix(".sig").read_bytes()
+            key = (self.folder / "key.pub").read_text(encoding="ascii")
+            # The raw key is the end of what the PEM file holds.
+            raw = base64.b64decode("".join(key.splitlines()[1:-1]))[-32:]
+        except (OSError, ValueError):
+            return {}
+        if len(raw) != 32:
+            return {}
+        return {
+            "X-Signature": base64.b64encode(signature).decode(),
+            "X-Signature-Key": base64.b64encode(raw).decode(),
+        }
 
     def blob_path(self, sha256: str) -> Path:
         """Where a blob of the store would be."""

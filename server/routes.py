@@ -78,16 +78,19 @@ def _same(shown: str | None, token: str) -> bool:
 
 async def base(request: web.Request) -> web.StreamResponse:
     """The base index."""
-    return web.FileResponse(request.app[RUN].artifacts.folder / "base.json")
+    artifacts = request.app[RUN].artifacts
+    path = artifacts.folder / "base.json"
+    return web.FileResponse(path, headers=artifacts.signature(path))
 
 
 async def artifact(request: web.Request) -> web.StreamResponse:
     """A profile's manifest."""
+    artifacts = request.app[RUN].artifacts
     try:
-        path = request.app[RUN].artifacts.manifest_path(request.match_info["profile"])
+        path = artifacts.manifest_path(request.match_info["profile"])
     except ManifestError as error:
         return _error(404, str(error))
-    return web.FileResponse(path)
+    return web.FileResponse(path, headers=artifacts.signature(path))
 
 
 async def blob(request: web.Request) -> web.StreamResponse:
