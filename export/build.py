@@ -2,6 +2,7 @@
 
     python -m export.build --profile jetson_orin --out store
     python -m export.build --checkpoint DIR_OR_HUB_ID --profile pixel_8 --profile jetson_orin --out store
+    python -m export.build --checkpoint DENSE --adapter-experts 8 --adapter-top-k 2 --profile pixel_8 --out store
 
 Writes STORE/base.json, STORE/blobs/ and STORE/<profile>/manifest.json; artifacts in one store share their blobs. What
 an interrupted build has sliced is not sliced again. With --sign KEY devices can tell that the artifacts are yours.
@@ -28,7 +29,7 @@ from export import costs, experts_file, explain, families, plan
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint, CheckpointError, locate
 from export.experts_file import ExpertsError
-from export.families import FamilyError
+from export.families import FamilyError, fft_moe
 from export.families.family import Family
 from export.items import Values
 from export.keys import KeyFileError, read_private
@@ -182,6 +183,18 @@ def _parser() -> argparse.ArgumentParser:
         "--sign", type=Path, metavar="KEY", help="sign with this key (see python -m export.keys)"
     )
     parser.add_argument("--jobs", type=int, help="threads that slice (default: the cores)")
+    parser.add_argument(
+        "--adapter-experts",
+        type=int,
+        metavar="M",
+        help="beside every block of a dense checkpoint train M small experts (FFT-MoE); their width is the rank",
+    )
+    parser.add_argument(
+        "--adapter-top-k",
+        type=int,
+        metavar="K",
+        help="adapter experts that a token uses (default: 2, or 1 where M is 1)",
+    )
     parser.add_argument("--experts", type=Path, help="JSON with routing mass or a selection")
     parser.add_argument(
         "--theta",
@@ -214,6 +227,17 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply the profile's memory budget; once for all profiles or once for each",
     )
     return parser
+
+
+def _add_experts(checkpoint: Checkpoint, experts: int | None, top_k: int | None) -> None:
+    """Ask for adapter experts beside the blocks of a dense checkpoint; raises FamilyError."""
+    if experts is None:
+        if top_k is not None:
+            raise ExpertsError("--adapter-top-k is for --adapter-experts")
+        return
+    used = min(2, experts) if top_k is None else top_k
+    where = str(checkpoint.path)
+    checkpoint.config = fft_moe.with_experts(checkpoint.config, experts, used, where)
 
 
 def _formats(given: str | None) -> tuple[str, ...] | None:
@@ -274,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         key = None if args.sign is None else read_private(args.sign)
         check_key(args.out, key)
         checkpoint = Checkpoint(locate(args.checkpoint))
+        _add_experts(checkpoint, args.adapter_experts, args.adapter_top_k)
         family = families.of(checkpoint.config, str(checkpoint.path))
         config = families.complete(checkpoint.config, str(checkpoint.path))
         # Once for all profiles: their artifacts share the blobs.
