@@ -52,14 +52,14 @@ def accuracies(history: Sequence[dict[str, Any]], name: str) -> dict[int, float]
     return found
 
 
-def trained_rounds(
-    history: Iterable[dict[str, Any]], name: str, layers: Sequence[int], experts: int
+def rounds_of(
+    what: str, history: Iterable[dict[str, Any]], name: str, layers: Sequence[int], experts: int
 ) -> NDArray[np.int64]:
-    """In how many rounds a device trained each expert, [L, E]."""
+    """In how many training rounds each expert was among a device's `what` (resident, trained) experts, [L, E]."""
     counts = np.zeros((len(layers), experts), dtype=np.int64)
     for entry in history:
         if entry["work"] == "train" and name in entry["devices"]:
-            for layer, ids in entry["devices"][name]["trained"].items():
+            for layer, ids in entry["devices"][name][what].items():
                 counts[list(layers).index(int(layer)), list(ids)] += 1
     return counts
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.history import HistoryError, accuracies, samples, trained_rounds
+from lab.history import HistoryError, accuracies, rounds_of, samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,7 @@ class Outcome:
     global_accuracy: tuple[float | None, ...]  # [V]; version 0 is the base
     ceiling: float | None
     trained_rounds: dict[str, NDArray[np.int64]]  # device -> [L, E], rounds in which it trained it
+    resident_rounds: dict[str, NDArray[np.int64]]  # the same, in which it held it
     seconds: float
     seconds_building: float
 
@@ -218,7 +219,8 @@ def gather(
             ),
             global_accuracy=tuple(scores.get(version) for version in range(versions)),
             ceiling=ceiling,
-            trained_rounds={n: trained_rounds(history, n, layers, experts) for n in names},
+            trained_rounds={n: rounds_of("trained", history, n, layers, experts) for n in names},
+            resident_rounds={n: rounds_of("resident", history, n, layers, experts) for n in names},
             seconds=seconds,
             seconds_building=seconds_building,
         )

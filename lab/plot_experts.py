@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
-from lab.figure_style import FAINT, INK, STYLE, png
+from lab.figure_style import FAINT, INK, MUTED, STYLE, png
 from lab.outcome import Outcome, kind_order
 
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6fa", "#9dc3f5", "#1f6feb", "#0b2a5b"])
@@ -64,7 +64,7 @@ def slots(outcome: Outcome) -> bytes:
 
 
 def experts(outcome: Outcome) -> bytes:
-    """Experts x devices per layer: in how many rounds each device trained each expert."""
+    """Experts x devices per layer: in how many rounds each device trained each expert; a ring where it only held it."""
     names = [device.name for device in outcome.devices]
     most = max(1, sum(r.work == "train" for r in outcome.rounds))
     columns = min(2, len(outcome.layers))
@@ -84,6 +84,9 @@ def experts(outcome: Outcome) -> bytes:
         for index, (axes, layer) in enumerate(zip(grid.flat, outcome.layers, strict=False)):
             held = np.stack([outcome.trained_rounds[name][index] for name in names])
             image = axes.imshow(held, cmap=_SHADES, vmin=0, vmax=most, aspect="auto")
+            resident = np.stack([outcome.resident_rounds[name][index] for name in names])
+            rows_of, columns_of = np.nonzero((resident > 0) & (held == 0))
+            axes.scatter(columns_of, rows_of, marker="o", s=14, facecolor="none", edgecolor=MUTED)
             axes.set_yticks(range(len(names)), names)
             step = max(1, outcome.experts // 16)
             axes.set_xticks(range(0, outcome.experts, step))

@@ -31,8 +31,8 @@ CAPTIONS = {
     "part of the model that a device holds, on rows it held back, before it trains further in that round.",
     "slots": "What the planner made room for, over all layers: how the frozen weights of an expert are stored, and the "
     "rank of the LoRA trained on them. An expert in a frozen slot is used but not trained.",
-    "experts": "Dark: trained in every round. The server chooses a device's experts anew for every round; those in "
-    "frozen slots are not shown.",
+    "experts": "Dark: trained in every round. A ring: held in some round, but only in a frozen slot. The server "
+    "chooses a device's experts anew for every round.",
     "resources": "Memory is the highest resident size over all rounds less the process's resident size just before the "
     "program was opened (the baseline in the table).",
 }

@@ -109,6 +109,7 @@ def test_sums_peaks_and_experts(result):
     assert a.missed_mass == pytest.approx(0.3)
     assert result.samples == 3 * 5 * 8
     assert result.trained_rounds["a"].tolist() == [[2, 0, 2], [0, 0, 0]]
+    assert result.resident_rounds["a"].tolist() == [[2, 0, 2], [0, 2, 0]]
     assert result.trained_rounds["b"].tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
@@ -186,9 +187,8 @@ def test_figures_bear_gaps_and_more_layers_than_columns(result):
     from lab import plots
 
     object.__setattr__(result, "layers", (0, 1, 5))
-    object.__setattr__(
-        result, "trained_rounds", {name: np.zeros((3, 3), int) for name in ("a", "b")}
-    )
+    for what in ("trained_rounds", "resident_rounds"):
+        object.__setattr__(result, what, {name: np.zeros((3, 3), int) for name in ("a", "b")})
     for draw in plots.FIGURES.values():
         assert draw(result)[:4] == b"\x89PNG"
 
