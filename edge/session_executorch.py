@@ -1,7 +1,7 @@
 """The ExecuTorch runtime behind `Session`, without torch: one program per shape, everything else is its input.
 
-Experts, dense weights and the adapter are our arrays; AdamW and a new adapter are written into them. Gradients lie in the
-program's arena until the next step.
+Experts, dense weights and the adapter are our arrays; AdamW and a new adapter are written into them. Gradients lie
+in the program's arena until the next step.
 """
 
 from __future__ import annotations

@@ -114,7 +114,10 @@ def build() -> Path:
     ]
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / "native.so"
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        try:
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        except OSError as error:
+            raise NativeError(f"{compiler}: {error.strerror}") from error
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise NativeError(f"{compiler}: {(errors or ['failed'])[0]}")
@@ -177,9 +180,12 @@ class Program:
         NativeError
             The runtime refuses the inputs, or an operator fails.
         """
+        if not self._handle:
+            raise NativeError("the program is closed")
         given = (_Array * len(inputs))()
         for slot, value in zip(given, inputs, strict=True):
-            if not value.flags.c_contiguous or value.dtype not in CODES:
+            whole = value.flags.c_contiguous and value.ndim <= MAX_DIMS
+            if not whole or value.dtype not in CODES:
                 raise NativeError(f"input of {value.dtype} {value.shape} cannot be passed")
             slot.data, slot.dims, slot.dtype = value.ctypes.data, value.ndim, CODES[value.dtype]
             slot.sizes[: value.ndim] = value.shape

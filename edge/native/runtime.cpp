@@ -101,6 +101,11 @@ int64_t expertfleet_arena(Program* program, const char* method) {
 int expertfleet_run(Program* program, const char* method, const expertfleet_array* inputs, int32_t count, char* message,
                     size_t room) {
   first_error.clear();
+  const auto meta = program->module->method_meta(method);
+  if (!meta.ok()) return fail(message, room, reason(meta.error()));
+  // The runtime would take those of the last run, which may be gone.
+  if (static_cast<int32_t>(meta->num_inputs()) != count)
+    return fail(message, room, std::to_string(count) + " inputs, " + std::to_string(meta->num_inputs()) + " wanted");
   std::vector<executorch::extension::TensorPtr> tensors;
   std::vector<EValue> values;
   for (int32_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-"""A tiny base, sliced in all three formats, as two profiles of mixed slots: `tiny` without programs, `runtime` with them."""
+"""A tiny base, sliced in all three formats, as two profiles of mixed slots: `tiny` has no programs, `runtime` has."""
 
 import dataclasses
 
