@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from edge.plain_torch import PlainSession
 from edge.session import (
     Artifact,
     Batch,
@@ -178,8 +179,10 @@ class TorchBackend:
     def __init__(self, name: str, builder: Callable[[Artifact, Resident], SubMoe]) -> None:
         self.name, self._builder = name, builder
 
-    def _open(self, artifact: Artifact, resident: Resident) -> TorchSession:
+    def _open(self, artifact: Artifact, resident: Resident) -> TorchSession | PlainSession:
         try:
+            if artifact.base.projections != ("gate_up", "down") and self._builder is build:
+                return PlainSession(artifact, resident)
             return TorchSession(self._builder(artifact, resident), artifact, resident)
         except (ValueError, KeyError) as error:
             raise SessionError(f"the base cannot be rebuilt in torch: {error}") from error

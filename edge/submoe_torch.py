@@ -138,10 +138,10 @@ def build(
         raise SessionError(
             f"backend torch builds gated causal experts, not those of {base.model_type}"
         )
-    dense = _unpacked(read_blob(artifact, artifact.manifest.dense), shape.dense)
+    dense = unpacked(read_blob(artifact, artifact.manifest.dense), shape.dense)
     model = _skeleton(base)
     found = _moe_parts(model, base.moe_layers)
-    routers = {layer: _router(dense, layer, base) for layer in base.moe_layers}
+    routers = {layer: router_of(dense, layer, base) for layer in base.moe_layers}
     position = {layer: i for i, layer in enumerate(base.moe_layers)}
     for layer, (gate, experts) in found.items():
         weights = _experts(artifact, resident[layer], position[layer])
@@ -149,7 +149,7 @@ def build(
             setattr(experts, f"{projection}_proj", nn.Parameter(stacked, requires_grad=False))
         experts.num_experts = len(resident[layer])
         found[layer] = _slice_router(model, gate, routers[layer], resident[layer]), experts
-    _load_dense(model, dense)
+    load_dense(model, dense)
     rank = max(slot.rank for slots in shape.slots for slot in slots)
     wanted = LoraConfig(
         r=rank,
@@ -210,7 +210,7 @@ def _skeleton(base: BaseIndex) -> nn.Module:
     return model
 
 
-def _unpacked(blob: Arrays, format: str) -> dict[str, torch.Tensor]:
+def unpacked(blob: Arrays, format: str) -> dict[str, torch.Tensor]:
     """A dense blob as float32 tensors under the checkpoint's names."""
     weights = {}
     for name, value in blob.items():
@@ -241,7 +241,9 @@ def _experts(artifact: Artifact, ids: tuple[int, ...], position: int) -> dict[st
     return {projection: torch.stack(weights) for projection, weights in stacked.items()}
 
 
-def _router(dense: dict[str, torch.Tensor], layer: int, base: BaseIndex) -> dict[str, torch.Tensor]:
+def router_of(
+    dense: dict[str, torch.Tensor], layer: int, base: BaseIndex
+) -> dict[str, torch.Tensor]:
     """`weight` [E, d] of a layer's router, and its further rows; they are taken out of `dense`."""
     name = f"layers.{layer}.router"
     if name not in dense:
@@ -287,7 +289,7 @@ def _moe_parts(
     return found
 
 
-def _load_dense(model: nn.Module, dense: dict[str, torch.Tensor]) -> None:
+def load_dense(model: nn.Module, dense: dict[str, torch.Tensor]) -> None:
     """Fill what is still on the meta device; raises SessionError when something is left or of another shape."""
     for name, own in list(model.named_parameters()):
         if own.device.type != "meta":

@@ -10,11 +10,12 @@ from edge.session import Artifact
 from export import families
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint
-from export.programs import lower_programs
+from export.programs import Programs, lower_programs
 from export.slice_base import slice_base
 from export.train_graph import SubModel
 from protocol import PROTOCOL_VERSION, packing, tensors
 from protocol.manifest import Manifest, MemoryPlan
+from tests.export.families.setting import NO_PROGRAM
 
 
 def sliced(folder, out, formats=("int4", "int8"), more=None):
@@ -25,16 +26,18 @@ def sliced(folder, out, formats=("int4", "int8"), more=None):
     return slice_base(checkpoint, family, store, lambda stage: None, formats), family, store
 
 
-def artifact(base, family, store, shape):
-    """With both programs lowered."""
-    programs = lower_programs(base, family, shape, store, lambda stage: None)
+def artifact(base, family, store, shape, *, programs=True):
+    """With both programs lowered, or without for the torch backend."""
+    made = Programs(train=NO_PROGRAM, evaluate=NO_PROGRAM)
+    if programs:
+        made = lower_programs(base, family, shape, store, lambda stage: None)
     manifest = Manifest(
         protocol=PROTOCOL_VERSION,
         base=base.base,
         profile="tiny",
         shape=shape,
-        train=programs.train,
-        evaluate=programs.evaluate,
+        train=made.train,
+        evaluate=made.evaluate,
         dense=base.dense[shape.dense],
         tokenizer=base.tokenizer,
         memory=MemoryPlan(

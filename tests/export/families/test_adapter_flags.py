@@ -1,4 +1,4 @@
-"""`export.build` on a dense checkpoint: without --adapter-experts one line says how, with them it is an FFT-MoE base."""
+"""`export.build` on a dense checkpoint: one line says how, and with --adapter-experts it is an FFT-MoE base."""
 
 import pytest
 
