@@ -241,8 +241,8 @@ def _layer_specs(
 
 
 def example(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
-    """Zeros of the right shapes: untouched memory, so that tracing a real model costs none."""
-    return tuple(torch.zeros(s.shape, dtype=getattr(torch, np.dtype(s.dtype).name)) for s in specs)
+    """Zeros of the right shapes: pages that numpy has only reserved, so that tracing a real model costs no memory."""
+    return tuple(torch.from_numpy(np.zeros(s.shape, s.dtype)) for s in specs)
 
 
 def capture(model: SubModel) -> ExportedProgram:
@@ -255,6 +255,7 @@ def capture(model: SubModel) -> ExportedProgram:
         )
         graph = trace(*inputs)
         program = export(graph, inputs, strict=False).run_decompositions()
+    program._example_inputs = None  # later passes copy them
     graph_passes.simplify(program)
     if not model.evaluate:
         graph_passes.recompute_cheap(program)
