@@ -27,7 +27,8 @@ class RoutingSums:
 
     def add(self, batch: Batch, stats: Mapping[int, LayerStats]) -> None:
         """Add an evaluated batch."""
-        self.tokens += int(batch.valid.sum())
+        # A decoder sees its answers, which may be more than a prompt.
+        self.tokens += int(max(batch.valid.sum(), (batch.weights > 0).sum()))
         for layer, found in stats.items():
             row = self._row[layer]
             self._sums["mass"][row] += found.mass
@@ -51,7 +52,8 @@ class RoutingSums:
 
     def missed_mass(self) -> tuple[float, ...]:
         """Mean per token and layer of the full router's mass on experts that are not here, in [0, 1]."""
-        share = self._missed / max(1, self.tokens)
+        # The router's probabilities of a token sum to 1: the mass of a layer counts the tokens that passed it.
+        share = self._missed / np.maximum(self._sums["mass"].sum(-1), 1.0)
         return tuple(float(x) for x in np.clip(share, 0, 1))
 
 

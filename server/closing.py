@@ -61,7 +61,7 @@ def fold(
         tensors.pop("facts")
         stats = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("stats.")}
         if updates[device].tokens > 0:
-            new = expert_values.values(stats, updates[device].tokens, beta)
+            new = expert_values.values(stats, beta)
             smoothed[device] = expert_values.smooth(values.get(device), new)
         tokens = stats["trained_tokens"]
         counts += tokens > 0

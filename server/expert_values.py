@@ -1,6 +1,6 @@
 """What an expert is worth to a device: an information-bottleneck score from its routing statistics. Pure.
 
-Letters: L MoE layers, E experts per layer, N valid tokens.
+Letters: L MoE layers, E experts per layer, N tokens of a layer (an encoder's and a decoder's differ).
 
 An expert's value for a device is its share of the relevance I(Z;Y), estimated by routed mass times output norm, less
 `beta` times its share of the redundancy I(X;Z). `red_e = mean g ln g - p ln p` with `p = mean g` is the exact share of
@@ -22,14 +22,13 @@ NORM_RANGE = (
 )
 
 
-def redundancy(mass: Floats, g_log_g: Floats, tokens: float) -> Floats:
+def redundancy(mass: Floats, g_log_g: Floats) -> Floats:
     """Share of each expert in I(X;Z), in nats.
 
     Parameters
     ----------
-    mass : [L, E], sum over tokens of the full router's probability g
+    mass : [L, E], sum over tokens of the full router's probability g; a row sums to N
     g_log_g : [L, E], sum over tokens of g ln g
-    tokens : N
 
     Returns
     -------
@@ -39,9 +38,10 @@ def redundancy(mass: Floats, g_log_g: Floats, tokens: float) -> Floats:
     --------
     Two tokens, each sent to its own expert with certainty: I(X;Z) = ln 2, half of it each.
 
-    >>> redundancy(np.array([[1.0, 1.0]]), np.zeros((1, 2)), 2).round(4).tolist()
+    >>> redundancy(np.array([[1.0, 1.0]]), np.zeros((1, 2))).round(4).tolist()
     [[0.3466, 0.3466]]
     """
+    tokens = np.maximum(mass.sum(-1, keepdims=True), 1e-12)
     p = mass / tokens
     with np.errstate(divide="ignore", invalid="ignore"):
         p_log_p = np.where(p > 0, p * np.log(p), 0.0)
@@ -69,11 +69,11 @@ def relevance(top: Floats, output_norm: Floats) -> Floats:
     return np.asarray(top * np.clip(ratio, 1 / NORM_RANGE, NORM_RANGE))
 
 
-def values(stats: Mapping[str, NDArray[np.float32]], tokens: float, beta: float) -> Floats:
+def values(stats: Mapping[str, NDArray[np.float32]], beta: float) -> Floats:
     """Value of every expert for one device, [L, E]; `stats` as in `protocol.update.STATS`."""
     wide = {name: np.asarray(stats[name], np.float64) for name in ("mass", "top", "g_log_g")}
     rel = relevance(wide["top"], np.asarray(stats["output_norm"], np.float64))
-    red = redundancy(wide["mass"], wide["g_log_g"], tokens)
+    red = redundancy(wide["mass"], wide["g_log_g"])
     return _shares(rel) - beta * _shares(red)
 
 

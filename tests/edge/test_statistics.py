@@ -36,7 +36,15 @@ def test_sums_land_on_global_experts():
     assert arrays["output_norm"].tolist() == [[12, 0, 10, 0], [0, 14, 0, 0]]
     assert arrays["trained_tokens"].tolist() == [[20, 0, 0, 0], [0, 0, 0, 0]]
     assert sums.tokens == 16
-    assert sums.missed_mass() == (4 / 16, 0.0)
+    assert sums.missed_mass() == (4 / 20, 0.0)  # of the mass of the layer
+
+
+def test_a_decoder_with_more_answers_than_a_prompt_has_tokens():
+    sums = RoutingSums((0,), 2, {0: (0,)})
+    nothing = LayerStats(*(np.ones(2, np.float32),) * 3, 1.0, np.ones(1, np.float32))
+    sums.add(batch([0], [[0] * 6], [[1] * 5 + [0]]), {0: nothing})
+    assert sums.tokens == 5
+    assert sums.missed_mass() == (0.5,)
 
 
 def test_loss_and_accuracy_by_hand():

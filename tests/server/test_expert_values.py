@@ -16,7 +16,7 @@ from server.expert_values import (
 def test_redundancy_sums_to_the_mutual_information(seed, experts, tokens):
     g = np.random.default_rng(seed).dirichlet(np.ones(experts) * 0.5, (1, tokens))
     g = np.maximum(g, 1e-12) / np.maximum(g, 1e-12).sum(-1, keepdims=True)
-    red = redundancy(g.sum(1), (g * np.log(g)).sum(1), tokens)
+    red = redundancy(g.sum(1), (g * np.log(g)).sum(1))
     p = g.mean(1)
     information = -(p * np.log(p)).sum() - (-(g * np.log(g)).sum(-1)).mean()
     assert red.min() >= 0
@@ -32,7 +32,7 @@ def test_relevance_by_hand():
 
 def test_values_without_any_tokens_in_a_layer_are_uniform_in_relevance():
     stats = {k: np.zeros((1, 4), np.float32) for k in ("mass", "top", "g_log_g", "output_norm")}
-    np.testing.assert_allclose(values(stats, 1, beta=0.0), np.full((1, 4), 0.25))
+    np.testing.assert_allclose(values(stats, beta=0.0), np.full((1, 4), 0.25))
 
 
 def test_beta_takes_value_from_redundant_experts():
@@ -43,8 +43,20 @@ def test_beta_takes_value_from_redundant_experts():
         "g_log_g": np.array([[0.0, -0.6931]], np.float32),
         "output_norm": np.zeros((1, 2), np.float32),
     }
-    v = values(stats, 2, beta=0.1)
+    v = values(stats, beta=0.1)
     np.testing.assert_allclose(v, [[0.5 - 0.1, 0.5]], atol=1e-4)
+
+
+def test_layers_that_other_tokens_pass_do_not_matter():
+    # The second layer is a decoder's: a tenth of the tokens, routed alike.
+    alike = {k: np.array([[30.0, 10.0], [3.0, 1.0]], np.float32) for k in ("mass", "top")}
+    stats = {
+        **alike,
+        "g_log_g": np.array([[-6.0, -9.0], [-0.6, -0.9]], np.float32),
+        "output_norm": np.array([[20.0, 30.0], [2.0, 3.0]], np.float32),
+    }
+    encoder, decoder = values(stats, beta=0.5)
+    np.testing.assert_allclose(encoder, decoder, atol=1e-6)
 
 
 def test_moving_average_starts_with_the_first_value():
