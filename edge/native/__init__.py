@@ -207,7 +207,7 @@ class Program:
         if size == 0:
             return np.empty(shape, dtype)
         memory = (ctypes.c_char * size).from_address(found.data)
-        return np.frombuffer(memory, dtype).reshape(shape)
+        return np.ndarray(shape, dtype, memoryview(memory))
 
     def write_trace(self, path: Path) -> None:
         """Write the time of every operator so far, as an ETDump; needs `trace`."""
