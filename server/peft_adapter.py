@@ -108,7 +108,7 @@ def peft_files(
     base_name: str,
     extra: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, bytes]:
-    """File name -> content of the directory; `base_name`: what PEFT shall call the base; others as in `peft_tensors`."""
+    """File name -> content of the directory; `base_name` is what PEFT shall call the base, see also `peft_tensors`."""
     rank = adapter[names.lora(base.moe_layers[0], 0, base.projections[0], "lora_A")].shape[0]
     config = peft_config(base, rank, base_name)
     return {
