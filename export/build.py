@@ -97,7 +97,7 @@ def _lowered(
         chosen = plan.choose(base, dense, profile, choices, values, reserve)
         programs = lower_programs(base, family, chosen.shape, store, advance)
         budget = chosen.budget.memory
-        memory = costs.memory(base, programs.train, programs.evaluate, chosen.shape, budget)
+        memory = costs.memory(base, dense, programs.train, programs.evaluate, chosen.shape, budget)
         if memory.predicted <= budget:
             break
         reserve += max(memory.predicted - chosen.memory.predicted, 1 << 20)

@@ -10,23 +10,30 @@ is lowered: its coefficients were fitted to lowered programs, see `benchmarks.me
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from export import families
+from export.families.family import Family
 from export.train_graph import dense_names, skeleton
 from protocol import packing
 from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, Slot, TensorSpec
 
-RUNTIME_BYTES = 11 << 20
-"""What runtime, operators and allocator take beside the counted terms."""
+RUNTIME_BYTES = 6 << 20
+"""What runtime, code and allocator take beside the counted terms, measured: `benchmarks.memory_prediction`."""
+COLUMNS = 256  # tokens that an operator takes at a time (edge/native/product.h)
+THREAD_BYTES = 256 << 10  # scratch of a thread
+THREADS = 4  # most that are counted
 PROGRAM_BYTES = 64 << 10  # both programs of a shape, per layer
 EFFICIENCY = 0.5  # of the profile's matrix throughput: narrow products, unpacking on the way
 UNPACK = 4.0  # operations per weight that is unpacked
 SCRATCH = 4  # copies of one expert's largest factor that an optimizer step makes
 FLOAT = 4
+_LAYER = re.compile(r"(?:layers|block|layer|h)\.(\d+)\.")
+_LAST = ("o_proj", "down_proj", "o", "wo")  # matrices whose output is added to the hidden state
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,9 @@ class Dense:
 
     shapes: Mapping[str, tuple[int, ...]]
     linear: int  # weights of the matrices that every token passes
-    columns: int  # rows of these matrices: floats per token that they put out
+    kept: int  # floats per token that the backward pass needs of them
     head: int  # weights of the output layer
+    widest: int  # largest side of the matrices that every token passes
 
     def bytes(self, format: str) -> int:
         """Bytes as inputs of a program."""
@@ -50,17 +58,46 @@ class Dense:
         return total
 
 
+def family_of(base: BaseIndex) -> Family:
+    """The family that a base belongs to."""
+    return families.of(base.config, base.base[:12])
+
+
 def dense_of(base: BaseIndex) -> Dense:
     """Sizes of a base's dense tensors, from its configuration alone; takes a second for the largest models."""
-    family = families.of(base.config, base.base[:12])
-    shapes = dense_names(skeleton(base), base, family)
+    shapes = dense_names(skeleton(base), base, family_of(base))
     wide = [shape for shape in shapes.values() if len(shape) == 2 and shape[0] != base.vocabulary]
     return Dense(
         shapes,
         sum(math.prod(shape) for shape in wide),
-        sum(shape[0] for shape in wide),
+        _kept(shapes, base),
         base.vocabulary * base.hidden,
+        max((max(shape) for shape in wide), default=0),
     )
+
+
+def _kept(shapes: Mapping[str, tuple[int, ...]], base: BaseIndex) -> int:
+    """Floats per token that the backward pass needs of the dense matrices.
+
+    A frozen matrix needs nothing of its own, so that these are the inputs of what is not linear: queries, keys and
+    values, once more before a norm of their own; the output of attention; gates. Below the first trained layer
+    nothing is needed.
+    """
+    first = -1 if base.architecture == "seq2seq" else base.moe_layers[0]
+    total = 0
+    for name, shape in shapes.items():
+        found = _LAYER.search(name)
+        if found is None or len(shape) != 2:
+            continue
+        layer, attention = int(found[1]), "attn" in name.lower() or "attention" in name.lower()
+        if layer < first or (attention and layer == first):
+            continue
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if leaf in _LAST:
+            total += shape[1] if attention else 0
+        else:
+            total += shape[0] * (2 if f"{path}.{leaf[0]}_norm.weight" in shapes else 1)
+    return total
 
 
 def spec_bytes(specs: Sequence[TensorSpec]) -> int:
@@ -201,18 +238,35 @@ def largest_factor(base: BaseIndex, shape: Shape) -> int:
 def arena_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     """Estimated arena of the training program.
 
-    Kept per layer for the backward pass: what its matrices and its routed experts put out, attention probabilities,
-    some copies of the hidden state; the gradients, which are outputs; the logits at the answer positions.
+    Kept until a layer's backward pass: `Dense.kept`, what the experts' first projections put out, two copies of the
+    hidden state, one more beside a shared expert. Above that either a layer at work with its gradients, or the
+    logits. Gradients are outputs: when they are all there, only the first layer is left.
     """
     tokens = shape.batch * shape.sequence
+    if base.projections == ("adapter",):
+        wide = max((sum(slot.rank for slot in layer) for layer in shape.slots), default=0)
+    else:
+        wide = base.top_k * base.features(base.projections[0])[0]
+    shared = family_of(base).shared is not None
+    routed = tokens * (wide + (3 if shared else 2) * base.hidden)
+    saved = tokens * dense.kept + len(base.moe_layers) * routed
+    working = 5.5 * tokens * base.hidden
+    logits = 4.05 * shape.batch * shape.answers * base.vocabulary
+    gradients = [parameter_floats(base, replace(shape, slots=(layer,))) for layer in shape.slots]
+    begin = saved + max(working + max(gradients, default=0), logits)
+    return int(FLOAT * max(begin, routed + working + sum(gradients)))
+
+
+def runtime_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
+    """The runtime, and its operators' scratch: activations of up to `COLUMNS` tokens (edge/native/ops.cpp)."""
+    tokens = min(COLUMNS, -(-shape.batch * shape.sequence // 16) * 16)
+    answers = min(COLUMNS, -(-shape.batch * shape.answers // 16) * 16)
+    d, f = base.hidden, base.intermediate
     up = base.features(base.projections[0])[0]
-    hidden = 8 * _layers(base) * tokens * base.hidden
-    outputs = dense.columns * tokens
-    attended = 2 * _layers(base) * shape.batch * _heads(base) * shape.sequence**2
-    routed = len(base.moe_layers) * base.top_k * tokens * up
-    logits = 3 * shape.batch * shape.answers * base.vocabulary
-    gradients = parameter_floats(base, shape)
-    return FLOAT * (hidden + outputs + attended + routed + logits + gradients)
+    rank = max((slot.rank for layer in shape.slots for slot in layer), default=0)
+    first = max(d * tokens, dense.widest * tokens, base.vocabulary * answers)
+    floats = first + tokens * (max(d, up) + max(up, f) + max(d, f) + f + 2 * rank)
+    return RUNTIME_BYTES + THREADS * THREAD_BYTES + FLOAT * floats
 
 
 def estimate(base: BaseIndex, dense: Dense, shape: Shape, budget: int) -> MemoryPlan:
@@ -225,12 +279,12 @@ def estimate(base: BaseIndex, dense: Dense, shape: Shape, budget: int) -> Memory
         parameters=FLOAT * total,
         optimizer=FLOAT * (2 * total + SCRATCH * largest_factor(base, shape)),
         outputs=64 << 10,
-        runtime=RUNTIME_BYTES,
+        runtime=runtime_bytes(base, dense, shape),
     )
 
 
 def memory(
-    base: BaseIndex, train: Program, evaluate: Program, shape: Shape, budget: int
+    base: BaseIndex, dense: Dense, train: Program, evaluate: Program, shape: Shape, budget: int
 ) -> MemoryPlan:
     """Predicted peak of the heavier of the two lowered programs; only one is open at a time."""
     trained = spec_bytes(train.parameters)  # among the inputs
@@ -242,7 +296,7 @@ def memory(
         parameters=trained,
         optimizer=2 * trained + SCRATCH * largest,
         outputs=64 << 10,
-        runtime=RUNTIME_BYTES,
+        runtime=runtime_bytes(base, dense, shape),
     )
     answers = shape.batch * shape.answers * base.vocabulary * FLOAT
     while_evaluating = MemoryPlan(
@@ -252,6 +306,6 @@ def memory(
         parameters=trained,
         optimizer=0,
         outputs=2 * answers,
-        runtime=RUNTIME_BYTES,
+        runtime=runtime_bytes(base, dense, shape),
     )
     return max(while_training, while_evaluating, key=lambda plan: plan.predicted)

@@ -229,7 +229,9 @@ def test_dense_bytes_by_hand():
     matrices = 300 * 64 + 3 * 4 * 64 * 64
     norms = sum(s[0] for s in DENSE.shapes.values() if len(s) == 1)
     assert DENSE.bytes("int8") == matrices + 2 * matrices // 32 + 4 * norms
-    assert (DENSE.linear, DENSE.head, DENSE.columns) == (3 * 4 * 64 * 64, 300 * 64, 3 * 4 * 64)
+    assert (DENSE.linear, DENSE.head) == (3 * 4 * 64 * 64, 300 * 64)
+    # Layers 1 and 2: queries and keys twice, because of their norms, values and the output.
+    assert DENSE.kept == 2 * (2 * 2 + 1 + 1) * 64
 
 
 @given(st.floats(1, 1e12))
