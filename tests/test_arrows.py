@@ -22,6 +22,8 @@ HEAVY = {
     "optimum",
 }
 LEAVES = {"protocol", "device_profiles"}
+# Modules of the edge that may import what is heavy; the ExecuTorch path does without.
+BACKENDS = ("_torch", "_nf4", "_onnx")
 # Which of our own packages each may import, besides itself. What is not listed may import anything.
 ALLOWED = {
     "protocol": set(),
@@ -59,8 +61,7 @@ def forbidden(path, source):
         wrong |= names - sys.stdlib_module_names - {"numpy", "safetensors", "protocol"}
     if package == "device_profiles":
         wrong |= names - sys.stdlib_module_names - {"tomli", "protocol", "device_profiles"}
-    # On a device, only the backends' own files may: the ExecuTorch path must be able to do without.
-    backend = path.stem.startswith("session_") or path.stem.endswith("_torch")
+    backend = path.stem.endswith(BACKENDS)
     if package == "server" or (package == "edge" and not backend):
         wrong |= names & HEAVY
     return wrong
@@ -82,11 +83,13 @@ def test_arrows(path):
         ("edge/run.py", "from export import build", {"export"}),
         ("edge/run.py", "def f():\n    import torch", {"torch"}),
         ("edge/session_torch.py", "import torch", set()),
+        ("edge/session_executorch.py", "import torch", {"torch"}),
+        ("edge/native/__init__.py", "import executorch.runtime", {"executorch"}),
         ("edge/submoe_torch.py", "import torch", set()),
         ("server/app.py", "import importlib\nimportlib.import_module('torch.nn')", {"torch"}),
         ("server/app.py", "from edge.data import batches", {"edge"}),
         ("export/build.py", "from server import store", {"server"}),
-        ("export/build.py", "import torch, protocol.int4, device_profiles", set()),
+        ("export/build.py", "import torch, protocol.packing, device_profiles", set()),
         ("protocol/names.py", "import requests", {"requests"}),
         ("protocol/names.py", "from device_profiles import load", {"device_profiles"}),
         ("device_profiles/__init__.py", "import numpy", {"numpy"}),
@@ -98,12 +101,12 @@ def test_the_rules_see_a_wrong_import(path, source, wrong):
     assert forbidden(Path(path), source) == wrong
 
 
-def test_no_torch_in_a_process_that_imports_server_and_leaves():
+def test_nothing_heavy_in_a_process_that_imports_server_edge_and_leaves():
     names = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for package in ("protocol", "device_profiles", "server")
+        for package in ("protocol", "device_profiles", "server", "edge")
         for path in (ROOT / package).rglob("*.py")
-        if path.name != "__main__.py"
+        if path.name != "__main__.py" and not (package == "edge" and path.stem.endswith(BACKENDS))
     )
     code = (
         "import importlib, sys\n"

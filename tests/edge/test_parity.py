@@ -1,6 +1,10 @@
 """ExecuTorch against torch, slots of mixed format and rank: loss, statistics, the adapter after 20 steps."""
 
 import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from edge.session import SessionError, load_backend
 from protocol import lora
 from protocol.messages import Task
 
+ROOT = Path(__file__).parents[2]
 RESIDENT = {0: (3, 0, 2, 5), 1: (1, 4, 2)}
 TASK = Task(labels=("sport", "science", "finance"))
 
@@ -76,6 +81,30 @@ def test_executorch_really_ran(lowered, setting, monkeypatch):
     assert np.isfinite(losses).all()
     with pytest.raises(AssertionError, match="autograd"):
         trained(load_backend("torch"), lowered, setting, 1)
+
+
+TRAIN = """
+import pickle, sys
+from edge.session import load_backend
+artifact, resident, adapter, batch = pickle.load(sys.stdin.buffer)
+session = load_backend("executorch").open_train(artifact, resident)
+session.load(adapter)
+loss, _ = session.forward_backward(batch)
+assert loss > 0 and len(session.gradients()) == len(adapter)
+session.close()
+mapped = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if ".so" in line}
+print(sorted({"torch", "executorch", "transformers"} & set(sys.modules)))
+print(sorted(name for name in mapped if "torch" in name and not name.startswith("libexecutorch")))
+"""
+
+
+def test_executorch_trains_in_a_process_without_torch(lowered, setting):
+    """Neither the Python packages nor torch's libraries: a device needs the wheel's runtime only."""
+    prompts, rows, adapter = setting
+    given = pickle.dumps((lowered, RESIDENT, adapter, prompts.assemble(rows[:3], None)))
+    done = subprocess.run([sys.executable, "-c", TRAIN], cwd=ROOT, input=given, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == "[]\n[]\n"
 
 
 def test_executorch_measures_as_torch_does(lowered, setting):

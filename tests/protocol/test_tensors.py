@@ -89,3 +89,67 @@ def test_a_flipped_byte_never_raises_anything_else():
                 tensors.decode(bytes(broken))
             except TensorError:
                 pass
+
+
+@given(arrays)
+def test_mapped_arrays_are_those_of_the_file(tmp_path_factory, named):
+    path = tmp_path_factory.getbasetemp() / "mapped"
+    path.write_bytes(tensors.encode(named))
+    found = tensors.mapped(path)
+    assert found.keys() == named.keys()
+    for name, array in named.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+        assert not found[name].flags.writeable
+
+
+def test_mapped_arrays_outlive_the_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(tensors.encode({"x": np.arange(4, dtype=np.float32)}))
+    found = tensors.mapped(path)
+    path.unlink()
+    assert found["x"].tolist() == [0, 1, 2, 3]
+
+
+def with_header(header, body):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "not a safetensors file"),
+        (b"1234567", "not a safetensors file"),
+        ((1 << 60).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+        (tensors.encode({"x": np.zeros(4, np.float32)})[:-1], "not a safetensors file"),
+        (tensors.encode({"x": np.zeros(4, np.float32)}) + b"0", "not a safetensors file"),
+        (
+            with_header({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+            "BF16",
+        ),
+        (
+            with_header({"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}, bytes(4)),
+            "not a safetensors file",
+        ),
+    ],
+)
+def test_what_cannot_be_mapped_is_one_line(tmp_path, content, words):
+    path = tmp_path / "a"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TensorError, match=words) as refused:
+        tensors.mapped(path)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+
+
+@given(st.binary(max_size=200))
+def test_any_file_is_mapped_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any"
+    path.write_bytes(data)
+    try:
+        assert tensors.mapped(path) == {}
+    except TensorError:
+        pass
