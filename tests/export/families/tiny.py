@@ -25,6 +25,16 @@ EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2}
 WIDTHS = {"moe_intermediate_size": 32, "intermediate_size": 96}
+YARN = {"type": "yarn", "factor": 4, "mscale": 0.7, "mscale_all_dim": 0.7} | {
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+LONG = {"type": "longrope", "short_mscale": 1.2, "long_mscale": 1.3} | {
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [2.0] * 8,
+}
 
 CONFIGS = {
     "olmoe": {**GROUPED, **EXPERTS, "intermediate_size": 32, "norm_topk_prob": False},
@@ -55,6 +65,7 @@ CONFIGS = {
         "topk_method": "group_limited_greedy",
         "routed_scaling_factor": 2.0,
         "q_lora_rank": None,
+        "rope_scaling": YARN,
     },
     "deepseek_v3": {
         **LATENT,
@@ -71,6 +82,7 @@ CONFIGS = {
         "intermediate_size": 32,
         "attention_bias": True,
         "lm_head_bias": True,
+        "rope_scaling": LONG,
         "router_jitter_noise": 0.3,  # large, so that the second expert's weight is not always 1
     },
 }
