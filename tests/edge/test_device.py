@@ -107,10 +107,11 @@ def serve(start, tiny_store, tmp_path):
     return begin
 
 
-def edge_flags(url, rows, tmp_path, *flags):
+def edge_flags(url, rows, tmp_path, *flags, backend="torch"):
+    profile = {"torch": "tiny", "executorch": "runtime"}[backend]
     return [
-        "edge", "--server", url, "--profile", "tiny", "--data", rows, "--label", "label",
-        "--backend", "torch", "--workdir", tmp_path / "device", *flags,
+        "edge", "--server", url, "--profile", profile, "--data", rows, "--label", "label",
+        "--backend", backend, "--workdir", tmp_path / "device", *flags,
     ]  # fmt: skip
 
 
@@ -160,11 +161,14 @@ def test_a_device_over_its_budget_is_stopped(serve, start, rows, tmp_path):
     assert list((tmp_path / "device" / "outbox").iterdir()) == []
 
 
-def test_kills_of_edge_server_and_broker_lose_nothing(serve, start, rows, tmp_path):
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 60), ("executorch", 600)])
+def test_kills_of_edge_server_and_broker_lose_nothing(
+    serve, start, rows, tmp_path, lowered, backend, steps
+):
     """Every round is in the history once, with the device in it, whoever was killed in the middle of it."""
-    flags = ["--steps", "60", "--rounds", "2", "--exit-when-done"]
+    flags = ["--steps", str(steps), "--rounds", "2", "--exit-when-done"]
     server, url = serve(*flags)
-    device = edge_flags(url, rows, tmp_path)
+    device = edge_flags(url, rows, tmp_path, backend=backend)
     edge = start("edge", *device)
     edge.wait_for("round=1")
     time.sleep(0.5)
@@ -188,7 +192,7 @@ def test_kills_of_edge_server_and_broker_lose_nothing(serve, start, rows, tmp_pa
     losses = [next(iter(x["devices"].values()))["loss_after"] for x in lines]
     assert losses[2] < losses[0]
     facts = next(iter(lines[1]["devices"].values()))
-    assert facts["backend"] == "torch"
+    assert facts["backend"] == backend
     assert 0 < facts["peak_bytes"] < facts["budget_bytes"]
 
 
