@@ -45,7 +45,7 @@ def redundancy(mass: Floats, g_log_g: Floats) -> Floats:
     p = mass / tokens
     with np.errstate(divide="ignore", invalid="ignore"):
         p_log_p = np.where(p > 0, p * np.log(p), 0.0)
-    return np.maximum(g_log_g / tokens - p_log_p, 0.0)
+    return np.asarray(np.maximum(g_log_g / tokens - p_log_p, 0.0))
 
 
 def relevance(top: Floats, output_norm: Floats) -> Floats:
