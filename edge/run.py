@@ -20,7 +20,7 @@ from edge.outbox import Outbox, Parcel
 from edge.session import Artifact, Backend, SessionError, load_backend
 from edge.trust import Trust
 from protocol import chunks, messages, tensors, topics, update
-from protocol.manifest import Blob
+from protocol.manifest import Blob, ManifestError, check_fits
 
 log = logging.getLogger(__name__)
 READY_EVERY = 5.0
@@ -118,6 +118,10 @@ def prepare(device: Device, welcome: messages.Welcome) -> tuple[Artifact, data.P
         raise FetchError(
             f"{device.server.url}: artifact of base {manifest.base[:12]} in a run of {welcome.base[:12]}"
         )
+    try:
+        check_fits(manifest, base, f"{device.server.url}: manifest of {manifest.profile}")
+    except ManifestError as error:
+        raise FetchError(str(error)) from error
     artifact = Artifact(base, manifest, device.cache.folder)
     for blob in (manifest.tokenizer, manifest.dense):
         device.cache.get(blob)

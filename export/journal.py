@@ -42,9 +42,14 @@ class Journal:
         # Another checkpoint's lines stay until something of this one is finished.
         self._mine = first == _line({"key": key})
         if self._mine:
-            for line in lines:
-                item = json.loads(line)
-                self._items.setdefault(item["item"], {}).update(item["value"])
+            try:
+                for line in lines:
+                    item = json.loads(line)
+                    self._items.setdefault(item["item"], {}).update(item["value"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                log.warning("%s: not readable, starting over", path)
+                self.restart()
+                return
             # What follows the last whole line was being written when its process was killed.
             os.ftruncate(self._file.fileno(), len(whole) + 1)
 

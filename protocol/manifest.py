@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,17 @@ from typing import Any
 from protocol import PROTOCOL_VERSION, names, packing, schema
 
 MAX_MANIFEST = 16 << 20
+MAX_COUNT = 1 << 24  # of anything that is counted: experts, tokens, features
+MAX_ELEMENTS = 1 << 40
+DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 
 
 class ManifestError(ValueError):
-    """A manifest or base index that cannot be used."""
+    """A manifest or base index that cannot be used; one line."""
+
+    def __init__(self, message: str) -> None:
+        # Parts of it may come from whoever wrote the file.
+        super().__init__(" ".join(message[:1000].split()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,14 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # numpy's name
+    dtype: str  # numpy's name, one of DTYPES
+
+    def __post_init__(self) -> None:
+        small = all(0 <= size <= MAX_ELEMENTS for size in self.shape) and len(self.shape) <= 8
+        if self.dtype not in DTYPES or not small or math.prod(self.shape) > MAX_ELEMENTS:
+            raise schema.SchemaError(
+                f"tensor {self.name[:80]!r} of {self.dtype[:20]} {list(self.shape)[:8]} is no tensor"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +96,8 @@ class Shape:
     slots: tuple[tuple[Slot, ...], ...]  # parallel to BaseIndex.moe_layers
 
     def __post_init__(self) -> None:
-        if self.dense not in packing.FORMATS or min(self.batch, self.sequence, self.answers) < 1:
+        counts = (self.batch, self.sequence, self.answers)
+        if self.dense not in packing.FORMATS or not all(0 < n <= MAX_COUNT for n in counts):
             raise schema.SchemaError(f"shape with dense {self.dense[:20]!r} is no shape")
         if not all(any(slot.rank for slot in layer) for layer in self.slots):
             raise schema.SchemaError("shape with a layer in which nothing is trained")
@@ -253,28 +269,30 @@ def _read(path: Path) -> Any:
         raise ManifestError(f"{path}: not JSON: {error}") from error
 
 
-def _check_version(protocol: int, path: str) -> None:
-    if protocol != PROTOCOL_VERSION:
-        raise ManifestError(f"{path}: protocol {protocol} found, {PROTOCOL_VERSION} wanted")
+def _check_version(data: Any, where: str) -> None:
+    """Before anything else: another protocol has other keys."""
+    found = data.get("protocol", PROTOCOL_VERSION) if isinstance(data, dict) else PROTOCOL_VERSION
+    if isinstance(found, int) and found != PROTOCOL_VERSION:
+        raise ManifestError(f"{where}: protocol {found} found, {PROTOCOL_VERSION} wanted")
 
 
 def parse_manifest(data: Any, where: str) -> Manifest:
     """Check and build a `Manifest` from parsed JSON; raises ManifestError."""
+    _check_version(data, where)
     try:
-        manifest = schema.from_dict(Manifest, data, where)
+        return schema.from_dict(Manifest, data, where)
     except schema.SchemaError as error:
         raise ManifestError(str(error)) from error
-    _check_version(manifest.protocol, where)
-    return manifest
 
 
 def parse_base(data: Any, where: str) -> BaseIndex:
     """Check and build a `BaseIndex` from parsed JSON; raises ManifestError."""
+    _check_version(data, where)
     try:
         base = schema.from_dict(BaseIndex, data, where)
     except schema.SchemaError as error:
         raise ManifestError(str(error)) from error
-    _check_version(base.protocol, where)
+    _check_counts(base, where)
     for blobs in base.experts.values():
         if [len(row) for row in blobs] != [base.num_experts] * len(base.moe_layers):
             raise ManifestError(f"{where}: experts do not cover every layer")
@@ -287,6 +305,52 @@ def parse_base(data: Any, where: str) -> BaseIndex:
         if projection not in names.PROJECTIONS:
             raise ManifestError(f"{where}: projection {projection[:20]!r} is not known")
     return base
+
+
+def _check_counts(base: BaseIndex, where: str) -> None:
+    counts = ("num_experts", "top_k", "hidden", "intermediate", "vocabulary", "group")
+    for name in counts:
+        if not 0 < getattr(base, name) <= MAX_COUNT:
+            raise ManifestError(f"{where}: {name} {getattr(base, name)} is out of range")
+    if base.top_k > base.num_experts:
+        raise ManifestError(
+            f"{where}: {base.top_k} of {base.num_experts} experts cannot be used at once"
+        )
+    layers = base.moe_layers
+    if (
+        sorted(set(layers)) != list(layers)
+        or not layers
+        or not 0 <= layers[0] <= layers[-1] < 10_000
+    ):
+        raise ManifestError(f"{where}: MoE layers are not in order")
+    if [len(row) for row in base.routing_prior] != [base.num_experts] * len(layers):
+        raise ManifestError(f"{where}: routing_prior does not cover every expert")
+
+
+def check_fits(manifest: Manifest, base: BaseIndex, where: str) -> None:
+    """Raise ManifestError unless the manifest's shape can be filled from the base."""
+    if manifest.base != base.base:
+        raise ManifestError(f"{where}: built from another base")
+    slots = manifest.shape.slots
+    if len(slots) != len(base.moe_layers):
+        raise ManifestError(
+            f"{where}: slots for {len(slots)} layers, {len(base.moe_layers)} wanted"
+        )
+    if any(len(layer) > base.num_experts for layer in slots):
+        raise ManifestError(f"{where}: more slots than the {base.num_experts} experts of a layer")
+    if base.dense.get(manifest.shape.dense) != manifest.dense:
+        raise ManifestError(f"{where}: its dense blob is not the base's")
+    if manifest.tokenizer != base.tokenizer:
+        raise ManifestError(f"{where}: its tokenizer is not the base's")
+    for kind in {slot.format for layer in slots for slot in layer} - {"none"}:
+        if kind not in base.experts:
+            raise ManifestError(f"{where}: slot of {kind}, which the base lacks")
+        # What will be reserved for an expert is what has been downloaded for it.
+        weights = sum(math.prod(base.features(projection)) for projection in base.projections)
+        wanted = packing.packed_bytes(kind, 1, weights) + weights // base.group * 2
+        for blob in (blob for row in base.experts[kind] for blob in row):
+            if blob.bytes < wanted:
+                raise ManifestError(f"{where}: expert of {blob.bytes} bytes, {wanted} wanted")
 
 
 def read_manifest(path: Path) -> Manifest:

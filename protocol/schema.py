@@ -17,7 +17,11 @@ T = TypeVar("T")
 
 
 class SchemaError(ValueError):
-    """Data that does not fit the dataclass. The message says what, where and what was wanted."""
+    """Data that does not fit the dataclass. The message says what, where and what was wanted, in one line."""
+
+    def __init__(self, message: str) -> None:
+        # Parts of it may come from whoever wrote the data.
+        super().__init__(" ".join(message[:1000].split()))
 
 
 def _nearest(word: str, known: list[str]) -> str:

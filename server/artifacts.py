@@ -129,7 +129,7 @@ class Artifacts:
         path = self.blob_path(blob.sha256)
         try:
             return map_tensors(path)
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ManifestError(f"{path}: no readable dense blob: {error}") from error
 
 
