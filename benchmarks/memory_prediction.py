@@ -207,8 +207,8 @@ def lease(store: Path, profile: str) -> None:
     resident = slots.resident_of(held, base.moe_layers, shape.slots, base.num_experts)
     trained = slots.trained_of(
         {
-            layer: [e for e, slot in zip(ids, kinds, strict=True) if slot.rank]
-            for (layer, ids), kinds in zip(held.items(), shape.slots, strict=True)
+            str(layer): [e for e, slot in zip(ids, kinds, strict=True) if slot.rank]
+            for (layer, ids), kinds in zip(resident.items(), shape.slots, strict=True)
         },
         resident,
         shape.slots,
