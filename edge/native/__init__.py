@@ -8,6 +8,7 @@ to build for (default: this one).
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -112,7 +113,11 @@ def build() -> Path:
         *(f"-L{sdk / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES)),
         f"-Wl,-rpath,{sdk / 'lib'}",
     ]
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=cache) as scratch:
+        # One of the processes that start together compiles, the others wait for it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file():
+            return library
         made = Path(scratch) / "native.so"
         try:
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
