@@ -19,8 +19,8 @@ from protocol.manifest import BaseIndex, Slot
 class RoutedExperts(nn.Module):
     """Stands in for a transformers sparse MoE block; all of its weights come from outside.
 
-    `given` is set before each forward, names as in `protocol.manifest.Program` without `layers.l.`, plus `valid` [B, S].
-    `seen` is set by it: `routed` [P], or with `router_all` among the given the statistics.
+    `given` is set before each forward, names as in `protocol.manifest.Program` without `layers.l.`, plus `valid` [B, S]
+    unless it generates. `seen` is set by it: `routed` [P], or with `router_all` among the given the statistics.
     """
 
     def __init__(
@@ -43,6 +43,10 @@ class RoutedExperts(nn.Module):
         if "router_all" in bound:
             y, norms = self._experts(x, weight, slot, norms=True)
             self._statistics(x, weight, slot, norms)
+        elif (
+            "valid" not in bound
+        ):  # generating: nothing is counted, and nothing is kept for a backward pass
+            y, _ = self._experts(x, weight, slot, norms=True)
         else:
             y, _ = self._experts(x, weight, slot, norms=False)
             self.seen = {"routed": self._spread(slot).sum(0)}

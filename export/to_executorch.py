@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchBackendConfig,
+    to_edge,
+    to_edge_transform_and_lower,
+)
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import ExportedProgram
 
@@ -33,3 +40,25 @@ def lower(program: ExportedProgram) -> Lowered:
         )
     plan = lowered.executorch_program.execution_plan[0]
     return Lowered(bytes(lowered.buffer), sum(plan.non_const_buffer_sizes))
+
+
+def lower_methods(programs: Mapping[str, ExportedProgram]) -> Lowered:
+    """ExecuTorch program with several methods that only compute forward: XNNPACK runs what it can.
+
+    Packed weights are inputs of our own operators, which XNNPACK leaves alone: its own 4-bit products round activations
+    to 8 bits and take weights only as constants of the program.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        edge = to_edge_transform_and_lower(
+            dict(programs),
+            partitioner={name: [XnnpackPartitioner()] for name in programs},
+            compile_config=CONFIG,
+        )
+        lowered = edge.to_executorch(
+            ExecutorchBackendConfig(
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False)
+            )
+        )
+    plans = lowered.executorch_program.execution_plan
+    return Lowered(bytes(lowered.buffer), max(sum(p.non_const_buffer_sizes) for p in plans))

@@ -108,33 +108,39 @@ class SubModel(nn.Module):
             gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
         return loss.detach(), *(r.detach() for r in routed), *gradients
 
-    def _logits(self, given: dict[str, Tensor]) -> Tensor:
-        """[B * K, V] at the answer positions."""
+    def bind(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Hand the inputs to the stand-ins; returns the dense tensors that stay parameters of the model."""
         for layer, part in self.parts.items():
             prefix = f"layers.{layer}."
             own = {n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)}
-            valid = given["valid"]
             if self.seq2seq:
-                valid = seq2seq.valid_tokens(layer, given, self.base.config)
-            part.given = {"valid": valid, **own}
+                own["valid"] = seq2seq.valid_tokens(layer, given, self.base.config)
+            elif "valid" in given:
+                own["valid"] = given["valid"]
+            part.given = own
         for name, stand_in in self.stand_ins.items():
             stand_in.packed = given[f"dense.{name}.packed"]
             stand_in.scale = given[f"dense.{name}.scale"]
         floats = {n[6:]: t for n, t in given.items() if n.startswith("dense.")}
-        floats = {n: t for n, t in floats.items() if not n.endswith((".packed", ".scale"))}
-        if self.seq2seq:
-            answers = seq2seq.answers(self.model, floats, given, self.base.config)
-        else:
-            answers = self._answers(floats, given)
-        # The head is ours: logits are only needed at the answer positions.
+        return {n: t for n, t in floats.items() if not n.endswith((".packed", ".scale"))}
+
+    def answer(self, hidden: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """[N, d] -> logits [N, V]. The head is ours: logits are only needed where they are asked for."""
         if f"dense.{self.head}" in given:
-            logits = torch.mm(answers, given[f"dense.{self.head}"].t())
+            logits = torch.mm(hidden, given[f"dense.{self.head}"].t())
         else:
             matrix = given[f"dense.{self.head}.packed"], given[f"dense.{self.head}.scale"]
-            logits = ops.packed_linear(answers, *matrix, self.shape.dense, self.base.vocabulary)
+            logits = ops.packed_linear(hidden, *matrix, self.shape.dense, self.base.vocabulary)
         bias = given.get(f"dense.{self.head.removesuffix('weight')}bias")
         logits = logits if bias is None else logits + bias
         return self.family.logits(logits, self.base.config)
+
+    def _logits(self, given: dict[str, Tensor]) -> Tensor:
+        """[B * K, V] at the answer positions."""
+        floats = self.bind(given)
+        if self.seq2seq:
+            return self.answer(seq2seq.answers(self.model, floats, given, self.base.config), given)
+        return self.answer(self._answers(floats, given), given)
 
     def _answers(self, floats: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
         """Hidden states [B * K, d] at the answer positions."""

@@ -256,7 +256,8 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file of ours; raises ManifestError."""
     try:
         if path.stat().st_size > MAX_MANIFEST:
             raise ManifestError(f"{path}: {path.stat().st_size} bytes, at most {MAX_MANIFEST}")
@@ -355,12 +356,12 @@ def check_fits(manifest: Manifest, base: BaseIndex, where: str) -> None:
 
 def read_manifest(path: Path) -> Manifest:
     """Read `manifest.json`; raises ManifestError with one line."""
-    return parse_manifest(_read(path), str(path))
+    return parse_manifest(read_json(path), str(path))
 
 
 def read_base(path: Path) -> BaseIndex:
     """Read `base.json`; raises ManifestError with one line."""
-    return parse_base(_read(path), str(path))
+    return parse_base(read_json(path), str(path))
 
 
 def to_json(value: Manifest | BaseIndex) -> bytes:
