@@ -21,7 +21,7 @@ def adapter(store, tiny_checkpoint, tmp_path):
         key = names.parse(name)
         if (key.layer, key.expert) in {(0, 1), (1, 3)} and key.factor != "lora_A":
             state[name] = rng.normal(size=state[name].shape).astype(np.float32) * 0.1
-    dense = tensors.decode((store / "blobs" / base.dense.sha256).read_bytes())
+    dense = tensors.decode((store / "blobs" / base.dense["int8"].sha256).read_bytes())
     routers = {layer: dense[f"layers.{layer}.router"] for layer in base.moe_layers}
     files = peft_adapter.peft_files(state, routers, base, version=1, base_name=str(tiny_checkpoint))
     folder = tmp_path / "1"
