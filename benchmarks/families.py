@@ -49,7 +49,9 @@ MODELS = {
     "moonlight_16b_a3b": "Moonlight-16B-A3B",
     "phi_3_5_moe": "Phi-3.5-MoE",
     "switch_base_8": "Switch-base-8",
+    "switch_base_32": "Switch-base-32",
     "qwen3_0_6b": "Qwen3-0.6B + 8 adapter experts",
+    "llama_3_2_1b": "Llama-3.2-1B + 8 adapter experts",
 }
 ADAPTER_EXPERTS = {fft_moe.EXPERTS: 8, fft_moe.TOP_K: 2}
 PROFILES = ("pixel_8", "jetson_orin_nano", "jetson_orin")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from export import families
+from export import families, seq2seq_costs
 from export.families.family import Family
 from export.train_graph import dense_names, skeleton
 from protocol import packing
@@ -250,6 +250,8 @@ def arena_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     shared = family_of(base).shared is not None
     routed = tokens * (wide + (3 if shared else 2) * base.hidden)
     saved = tokens * dense.kept + len(base.moe_layers) * routed
+    if base.architecture == "seq2seq":
+        saved = seq2seq_costs.kept(dense.shapes, base, shape)
     working = 5.5 * tokens * base.hidden
     logits = 4.05 * shape.batch * shape.answers * base.vocabulary
     gradients = [parameter_floats(base, replace(shape, slots=(layer,))) for layer in shape.slots]

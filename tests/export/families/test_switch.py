@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers import SwitchTransformersForConditionalGeneration
 
 from edge.session import Batch, load_backend
-from export import families
+from export import costs, families
 from export.families import FamilyError, switch
 from protocol import lora, names, packing
 from protocol.manifest import Shape, Slot
@@ -191,6 +191,9 @@ def test_executorch_is_transformers(made, checkpoint):
     adapter = adapter_of(base, seed=3)
     logits, loss, gradients = reference(checkpoint, RESIDENT, SHAPE, adapter, BATCH)
     on_disk = lowered.artifact(base, family, store, SHAPE)
+    # The planner's estimate counts the decoder's few tokens apart from the encoder's.
+    arena = on_disk.manifest.train.arena_bytes
+    assert 0.9 < costs.arena_bytes(base, costs.dense_of(base), SHAPE) / arena < 1.3
     backend = load_backend("executorch")
     session = backend.open_train(on_disk, RESIDENT)
     session.load(adapter)
