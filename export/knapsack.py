@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-ROUNDS = 160
-TRY_EVERY = 20  # of the rounds' prices, to repair and fill
+ROUNDS = 100
+TRY_EVERY = 25  # of the rounds' prices, to repair and fill
+TILTS = (0.0, 0.05)
+CLOSE = 0.005  # of the value: then nothing more is tried
 FEW_ITEMS = 16
 MOST_NODES = 20_000
 TOLERANCE = 1e-3  # of the value: less is not searched for
@@ -79,15 +81,21 @@ def solve(
     # States that can never fit beside the cheapest of all others only disturb the prices.
     alone = used + share - share[np.arange(len(share)), least][:, None]
     values = np.where((alone <= 1 + _EPS).all(2), values, -np.inf)
-    tried, bound = _prices(values, share)
-    states, best = least, -np.inf
-    for prices in tried:
-        trial = _first_best(values - share @ prices, -share.sum(2))
-        trial = _repair(values, share, trial, least, prices, order)
-        trial = _fill(values, share, trial, prices, order)
-        if (value := _value(values, trial)) > best + 1e-12:
-            states, best = trial, value
-    prices, bound = _tighten(values, share, tried[0], bound, best)
+    # Equal items change sides of a price all at once. The second try makes the later ones worth a little less.
+    late = np.argsort(np.argsort(order, kind="stable"), kind="stable")[:, None] / len(order)
+    states, best, bound = least, -np.inf, np.inf
+    for tilt in TILTS:
+        seen = values * (1 - tilt * late)
+        tried, _ = _prices(seen, share)
+        for prices in tried:
+            trial = _first_best(seen - share @ prices, -share.sum(2))
+            trial = _repair(seen, share, trial, least, prices, order)
+            trial = _fill(values, share, _fill(seen, share, trial, prices, order), prices, order)
+            if (value := _value(values, trial)) > best + 1e-12:
+                states, best = trial, value
+        prices, bound = _tighten(values, share, tried[0], bound, best)
+        if bound - best <= CLOSE * abs(best):
+            break
     if len(values) <= FEW_ITEMS:
         states = _search(values, share, states, prices)
     value = _value(values, states)
@@ -119,7 +127,7 @@ def _prices(values: Floats, share: Floats) -> tuple[list[Floats], float]:
         chosen = np.argmax(net, axis=1)
         seen.append((float(net.max(1).sum() + prices.sum()), prices))
         # Too much raises a price, too little lowers it; smaller and smaller steps.
-        prices = prices * np.exp(np.clip(_used(share, chosen) - 1, -1, 1) * (2.0 * 0.97**turn))
+        prices = prices * np.exp(np.clip(_used(share, chosen) - 1, -1, 1) * (2.0 * 0.95**turn))
     bound, best = min(seen, key=lambda pair: pair[0])
     return [best, *(prices for _, prices in seen[TRY_EVERY - 1 :: TRY_EVERY])], bound
 
@@ -142,56 +150,60 @@ def _tighten(
     return prices, best
 
 
+def _moves(item: Ints, target: Ints, rate: Floats, order: Ints) -> tuple[Ints, Ints]:
+    """Moves by falling rate, then by order; of every item the first only."""
+    first = np.lexsort((order[item], -rate))
+    item, target = item[first], target[first]
+    _, once = np.unique(item, return_index=True)
+    once.sort()
+    return item[once], target[once]
+
+
 def _repair(
     values: Floats, share: Floats, states: Ints, least: Ints, prices: Floats, order: Ints
 ) -> Ints:
     """Take cheaper states, those first that lose the least value per price of what they free."""
     states, rows = states.copy(), np.arange(len(states))
-    used = _used(share, states)
-    while (over := used > 1 + _EPS).any():
+    while (over := (used := _used(share, states)) > 1 + _EPS).any():
         weight = np.where(over, np.maximum(prices, _EPS), 0)
         freed = share[rows, states][:, None] - share
         lost = values[rows, states][:, None] - values
         gain = freed @ weight
-        usable = (gain > 0) & (freed >= -_EPS).all(2) & np.isfinite(values)
-        rate = np.where(usable, lost / np.where(usable, gain, 1), np.inf)
-        moves = np.lexsort((-order[np.nonzero(usable)[0]], rate[usable]))
-        items, targets = (index[moves] for index in np.nonzero(usable))
-        changed = np.zeros(len(states), bool)
-        for item, target in zip(items.tolist(), targets.tolist(), strict=True):
-            if changed[item]:
-                continue
-            changed[item] = True
-            used = used - share[item, states[item]] + share[item, target]
-            states[item] = target
-            if not (used[over] > 1 + _EPS).all():
-                break
-        if not changed.any():
+        item, target = np.nonzero((gain > 0) & (freed >= -_EPS).all(2) & np.isfinite(values))
+        if not item.size:
             return least.copy()
+        rate = -lost[item, target] / gain[item, target]
+        item, target = _moves(item, target, rate, -order)
+        left = used - np.cumsum(freed[item, target], axis=0)
+        # As far as it takes until one of the caps holds.
+        holds = (left[:, over] <= 1 + _EPS).any(1)
+        count = int(np.argmax(holds)) + 1 if holds.any() else len(item)
+        states[item[:count]] = target[:count]
     return states
 
 
 def _fill(values: Floats, share: Floats, states: Ints, prices: Floats, order: Ints) -> Ints:
     """Take better states while one fits, those first that bring the most value per price."""
     states, rows = states.copy(), np.arange(len(states))
-    used = _used(share, states)
     weight = prices + _EPS * max(1.0, float(prices.max()))
     while True:
+        used = _used(share, states)
         more = values - values[rows, states][:, None]
         extra = share - share[rows, states][:, None]
-        fits = (more > 1e-12) & (used + extra <= 1 + _EPS).all(2)
-        if not fits.any():
+        item, target = np.nonzero((more > 1e-12) & (used + extra <= 1 + _EPS).all(2))
+        if not item.size:
             return states
-        cost = np.maximum(extra @ weight, 1e-300)
-        items, targets = np.nonzero(fits)
-        first = np.lexsort((order[items], -(more / cost)[fits]))
-        changed = np.zeros(len(states), bool)
-        for item, target in zip(items[first].tolist(), targets[first].tolist(), strict=True):
-            step = share[item, target] - share[item, states[item]]
-            if not changed[item] and (used + step <= 1 + _EPS).all():
-                changed[item] = True
-                used = used + step
-                states[item] = target
+        price = np.maximum(extra @ weight, 1e-300)
+        item, target = _moves(item, target, more[item, target] / price[item, target], order)
+        step = extra[item, target]
+        while item.size:
+            # As many as fit together, then those of the rest that still fit alone.
+            room = (used + np.cumsum(step, axis=0) <= 1 + _EPS).all(1)
+            count = len(item) if room.all() else int(np.argmin(room))
+            states[item[:count]] = target[:count]
+            used = used + step[:count].sum(0)
+            rest = np.flatnonzero((used + step[count:] <= 1 + _EPS).all(1)) + count
+            item, target, step = item[rest], target[rest], step[rest]
 
 
 def _search(values: Floats, share: Floats, states: Ints, prices: Floats) -> Ints:

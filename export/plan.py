@@ -161,10 +161,19 @@ def choose(
         if best.theta >= choices.theta:
             break
     if best is None:
-        given = [n for n in ("batch", "sequence") if n in choices.fixed]
-        flags = ", ".join(f"--{n}" for n in (*given, "rank"))
-        raise DoesNotFit(f"{profile.name}: {refused} (try a smaller {flags})")
+        raise DoesNotFit(f"{profile.name}: {refused} ({_advice(str(refused), choices)})")
     return _solve(question, best)
+
+
+def _advice(refusal: str, choices: Choices) -> str:
+    """Flags that would help; sizes that were not given have been made as small as they may be."""
+    given = ", ".join(f"--{n}" for n in ("batch", "sequence") if n in choices.fixed)
+    smaller = f"try a smaller {given + ', ' if given else ''}--rank"
+    if "tokens: flash" in refusal:
+        return "the base is too large for this device"
+    if "tokens: time" in refusal:
+        return f"{smaller}, fewer --steps or a longer --deadline"
+    return f"{smaller} or a larger --uplink-mb" if "tokens: uplink" in refusal else smaller
 
 
 def _sizes(base: BaseIndex, profile: DeviceProfile, choices: Choices) -> Iterator[Shape]:

@@ -21,7 +21,7 @@ def test_the_profile_loads(tmp_path, fake_runtime, capsys):
     assert (profile.name, profile.gflops, profile.memory_gb_s) == ("mine", 12.35, 9.9)
     assert 0 < profile.budget_mb <= profile.memory_mb
     assert 0 < profile.flash_budget_mb < profile.flash_mb
-    # A tenth of ten minutes at 45.7 Mbit/s.
+    # A minute at 45.7 Mbit/s.
     assert profile.uplink_mb == pytest.approx(60 * 45.7e6 / 8 / 2**20, abs=0.1)
     assert "gflops: counted on fingers" in profile.sources
     assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]

@@ -10,7 +10,7 @@ from export.build import main
 from export.plan import Choices
 from export.programs import Programs
 from export.train_graph import adapter_specs
-from protocol.manifest import Program, Slot, TensorSpec, read_base, read_manifest
+from protocol.manifest import Program, Shape, Slot, TensorSpec, read_base, read_manifest
 
 WIDEST = Slot(format="int8", rank=4)
 
@@ -104,6 +104,26 @@ def test_a_store_holds_one_base(store, small_profile, tmp_path, capsys, make_che
     assert "another base" in one_line(capsys)
 
 
+def test_the_estimate_knows_the_lowered_program(store):
+    artifact, base = (
+        read_manifest(store / "small" / "manifest.json"),
+        read_base(store / "base.json"),
+    )
+    dense, shape, train = costs.dense_of(base), artifact.shape, artifact.train
+    trained = costs.spec_bytes(train.parameters)
+    assert costs.inputs_bytes(base, dense, shape) == costs.spec_bytes(train.inputs) - trained
+    assert costs.FLOAT * costs.parameter_floats(base, shape) == trained
+    guess = costs.estimate(base, dense, shape, artifact.memory.budget).predicted
+    assert 0.97 < guess / artifact.memory.predicted < 1.05
+    # A blob is what it holds and a header; an outline has no headers.
+    sketch = outline.of(base.config)
+    for made, drawn in (
+        (base.experts["int4"][0][0], sketch.experts["int4"][0][0]),
+        (base.dense["int8"], sketch.dense["int8"]),
+    ):
+        assert 0 < made.bytes - drawn.bytes < 8192
+
+
 def test_explain_says_where_every_byte_goes(store, tiny_checkpoint, small_profile, capsys):
     command = [
         *arguments(tiny_checkpoint, small_profile, store),
@@ -159,8 +179,12 @@ def lowered_with(arena):
 
 def built(monkeypatch, tmp_path, small_profile, arena):
     monkeypatch.setattr(build, "lower_programs", lowered_with(arena))
-    profile = replace(device_profiles.load(small_profile), budget_mb=13)
-    return build.build(BASE, profile, tmp_path, Choices(), items.prior(BASE), lambda stage: None)
+    # Nearly room for everything.
+    everything = Shape(batch=2, sequence=16, answers=4, dense="int8", slots=((WIDEST,) * 8,) * 2)
+    need = costs.estimate(BASE, costs.dense_of(BASE), everything, 0).predicted
+    profile = device_profiles.load(small_profile)
+    choices = Choices(scale_budget=(need + (300 << 10)) / profile.budget_bytes)
+    return build.build(BASE, profile, tmp_path, choices, items.prior(BASE), lambda stage: None)
 
 
 def estimated(base, shape):
@@ -181,7 +205,7 @@ def test_what_the_estimate_missed_costs_experts(monkeypatch, tmp_path, small_pro
 
 
 def test_what_does_not_fit_is_not_shipped(monkeypatch, tmp_path, small_profile):
-    with pytest.raises(plan.DoesNotFit, match="memory: about .* MB needed, the budget is 13.0 MB"):
+    with pytest.raises(plan.DoesNotFit, match="memory: about .* MB needed, the budget is"):
         built(monkeypatch, tmp_path, small_profile, lambda b, s: 14 << 20)
     assert not list(tmp_path.glob("*/manifest.json"))
     assert BlobStore(tmp_path).folder.is_dir()
