@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+# numpy loads this module on first use; it belongs to the process, not to a lease's memory (see `limits`).
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 from edge.session import Batch
@@ -205,9 +208,7 @@ class Prompter:
     seq2seq: bool = False
     end: int | None = None
 
-    def row(
-        self, row: Row, rng: np.random.Generator | None
-    ) -> tuple[list[int], list[int], list[int]]:
+    def row(self, row: Row, rng: Generator | None) -> tuple[list[int], list[int], list[int]]:
         """Tokens of a row (at most S), the places before its answer tokens (none for a decoder), and those tokens.
 
         `rng` draws what is free in plain language modelling (which part of a long text, which positions); without it
@@ -232,9 +233,7 @@ class Prompter:
         places = [len(prompt) - 1 + k for k in range(len(answer))]
         return [*prompt, *answer], places, list(answer)
 
-    def _plain(
-        self, row: Row, rng: np.random.Generator | None
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _plain(self, row: Row, rng: Generator | None) -> tuple[list[int], list[int], list[int]]:
         tokens = encode(self.tokenizer, row.text)
         if self.seq2seq:
             return self._continued(tokens, rng)
@@ -252,7 +251,7 @@ class Prompter:
         return tokens, places, [tokens[p + 1] for p in places]
 
     def _continued(
-        self, tokens: list[int], rng: np.random.Generator | None
+        self, tokens: list[int], rng: Generator | None
     ) -> tuple[list[int], list[int], list[int]]:
         """A piece of the text for the encoder, and the K tokens that follow it for the decoder."""
         ending = [] if self.end is None else [self.end]
@@ -263,7 +262,7 @@ class Prompter:
         cut = last if rng is None else int(rng.integers(1, len(tokens)))
         return [*tokens[max(0, cut - room) : cut], *ending], [], tokens[cut : cut + self.answers]
 
-    def assemble(self, rows: Sequence[Row], rng: np.random.Generator | None) -> Batch:
+    def assemble(self, rows: Sequence[Row], rng: Generator | None) -> Batch:
         """At most B rows as one batch; rows that are not there are empty and weigh nothing."""
         size = (self.batch, self.sequence)
         tokens, valid = np.zeros(size, np.int64), np.zeros(size, np.float32)
@@ -307,7 +306,7 @@ def evaluation_batches(prompts: Prompter, rows: Sequence[Row]) -> Iterator[Batch
 
 
 def training_batches(
-    prompts: Prompter, rows: Sequence[Row], steps: int, rng: np.random.Generator
+    prompts: Prompter, rows: Sequence[Row], steps: int, rng: Generator
 ) -> Iterator[Batch]:
     """`steps` batches: passes over the rows, each in a fresh order."""
     waiting: list[Row] = []

@@ -132,3 +132,8 @@ def test_a_cgroup_is_joined_and_enforced(tmp_path):
                 break
             except OSError:
                 time.sleep(0.1)
+
+
+def test_what_numpy_loads_late_is_there_before_the_baseline():
+    code = "import edge.run, sys; sys.exit('numpy.random' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
