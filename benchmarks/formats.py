@@ -1,7 +1,7 @@
 """What each storage format costs in quality: python -m benchmarks.formats --data ../shared/data.
 
 Held-out text of the reference base (see reference_base.evaluate) is scored with the experts, the dense matrices, or
-both replaced by what a device reads back. Prints a Markdown table.
+both replaced by what a device reads back. Prints a Markdown table; its columns of texts are bits per byte.
 """
 
 from __future__ import annotations
@@ -88,12 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
     held = texts(args.data, tokenizer, args.limit)
     rows = [("float32", "")] + [(f, p) for p in args.parts for f in args.formats]
-    print(
-        "| format | of | bytes per expert | error | perplexity |",
-        *held,
-        "| bits per byte of",
-        sep=" ",
-    )
+    heads = ("format", "of", "bytes per expert", "error", "perplexity", *held)
+    print("|", " | ".join(heads), "|")
+    print("|---" * len(heads) + "|", flush=True)
     for format, part in rows:
         if part:
             model, error = load(format, *PARTS[part])

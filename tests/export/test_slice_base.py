@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -365,3 +366,11 @@ def test_types_that_are_not_floats_are_named(tiny_checkpoint, tmp_path):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"is F8_E4M3, one of F64, F32, F16, BF16 wanted"):
         sliced(folder, tmp_path / "s")
+
+
+def test_two_builds_at_once_share_the_work(tiny_checkpoint, tmp_path, monkeypatch):
+    seen = count_experts(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: sliced(tiny_checkpoint, tmp_path)[0], range(2))
+    assert first == second
+    assert len(seen) == 8
