@@ -188,7 +188,7 @@ class Server:
         if found.profile != profile:
             raise FetchError(f"{self.url}{path}: manifest of {found.profile[:64]!r} found")
         if trust is not None:
-            trust.check_version(found.base, profile, found.version)
+            trust.check_version(self.url, found.base, profile, found.version)
         return found
 
 

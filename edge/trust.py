@@ -96,8 +96,8 @@ class Trust:
             log.info("key %s met for the first time: trusted from now on", name(key))
         return answer.data
 
-    def check_version(self, base: str, profile: str, version: int) -> None:
-        """Refuse a manifest older than one used before; only signed ones have a version to rely on.
+    def check_version(self, server: str, base: str, profile: str, version: int) -> None:
+        """Refuse a manifest older than one used before from this server; only signed ones have versions to rely on.
 
         Raises
         ------
@@ -112,7 +112,7 @@ class Trust:
             known = {}
         if not isinstance(known, dict):
             known = {}
-        item = f"{base}/{profile}"
+        item = f"{server} {base} {profile}"
         newest = known.get(item)
         if isinstance(newest, int) and version < newest:
             raise TrustError(

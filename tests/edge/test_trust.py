@@ -49,8 +49,8 @@ def test_what_is_not_signed_is_taken_by_who_never_saw_a_key(tmp_path, caplog):
     assert trust.check("m", Signed(b"x", None, None)) == b"x"
     assert trust.check("m", Signed(b"x", None, None)) == b"x"
     assert caplog.text.count("not signed") == 1
-    trust.check_version("base", "p", 5)
-    trust.check_version("base", "p", 4)  # without a signature a version says nothing
+    trust.check_version("http://a", "base", "p", 5)
+    trust.check_version("http://a", "base", "p", 4)  # without a signature a version says nothing
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,13 +78,14 @@ def test_what_was_changed_is_refused_and_no_key_is_kept(tmp_path, known, change)
 def test_an_older_manifest_is_refused(tmp_path):
     trust = Trust(tmp_path, public(KEYS[0], tmp_path / "a.pub"))
     for version in (5, 5, 7):
-        trust.check_version("base", "p", version)
+        trust.check_version("http://a", "base", "p", version)
     with pytest.raises(TrustError, match="p: version 6 found, 7 was used before: rolled back"):
-        Trust(tmp_path, None).check_version("base", "p", 6)
-    trust.check_version("base", "other", 6)
-    trust.check_version("other base", "p", 6)
+        Trust(tmp_path, None).check_version("http://a", "base", "p", 6)
+    trust.check_version("http://a", "base", "other", 6)
+    trust.check_version("http://a", "other base", "p", 6)
+    trust.check_version("http://b", "base", "p", 6)
     with pytest.raises(TrustError, match="rolled back"):
-        trust.check_version("base", "p", 6)
+        trust.check_version("http://a", "base", "p", 6)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\x00", b"-----BEGIN PUBLIC KEY-----"])
@@ -98,10 +99,10 @@ def test_a_file_that_is_no_key(tmp_path, content):
     assert not (tmp_path / KEPT).exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"base/p": "x"}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"http://a base p": "x"}', b"\xff"])
 def test_a_broken_list_of_versions_is_started_anew(tmp_path, content):
     trust = Trust(tmp_path, public(KEYS[0], tmp_path / "a.pub"))
     (tmp_path / "versions.json").write_bytes(content)
-    trust.check_version("base", "p", 3)
+    trust.check_version("http://a", "base", "p", 3)
     with pytest.raises(TrustError, match="rolled back"):
-        trust.check_version("base", "p", 2)
+        trust.check_version("http://a", "base", "p", 2)
