@@ -54,7 +54,8 @@ class AdapterExperts(nn.Module):
         return out.view(hidden.shape)
 
 
-def _read(folder: Path) -> tuple[fft_moe.FftAdapter, dict[str, Tensor]]:
+def read(folder: Path) -> tuple[fft_moe.FftAdapter, dict[str, Tensor]]:
+    """What the directory says and holds; raises FftAdapterError."""
     try:
         data = json.loads((folder / fft_moe.CONFIG).read_bytes())
         config = schema.from_dict(fft_moe.FftAdapter, data, str(folder / fft_moe.CONFIG))
@@ -84,7 +85,7 @@ def load(model: Any, folder: str | Path) -> Any:
         No adapter there, tensors missing, left over or of another shape, another model class, or one is loaded already.
     """
     folder = Path(folder)
-    config, state = _read(folder)
+    config, state = read(folder)
     if model.config.model_type != config.model_type:
         raise FftAdapterError(
             f"{folder}: trained on '{config.model_type}', the model is '{model.config.model_type}'"

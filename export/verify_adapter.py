@@ -4,7 +4,8 @@
 
 Loads BASE with transformers and ADAPTER with `PeftModel.from_pretrained`, and compares with a second model into whose
 weights the server's own tensors (`adapter.safetensors`, global names) were added by hand: logits over random text, and
-the change of every single expert, so that a dropped tensor cannot hide behind a router that never picks it.
+the change of every single expert, so that a dropped tensor cannot hide behind a router that never picks it. An adapter
+of an FFT-MoE base is read by our own loader instead (`fft_adapter`), see `verify_fft`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
-from export import families
+from export import families, verify_fft
 from export.checkpoint import Checkpoint, CheckpointError, locate
 from export.families import FamilyError
 from export.families.family import Family
-from protocol import lora, names
+from protocol import fft_moe, lora, names
 from protocol.manifest import PeftLayout
 from protocol.tensors import TensorError, decode
 
@@ -51,6 +52,7 @@ class Verdict:
     logit_difference: float
     weight_difference: float
     logit_change: float  # how far the adapter moves the base's logits
+    reader: str = "stock PEFT"
 
 
 def _load(path: Path, family: Family) -> Any:
@@ -137,9 +139,9 @@ def _seen(peft: Any, layout: PeftLayout, layer: int, expert: int, projection: st
 def verify(base: Path, adapter: Path) -> Verdict:
     """Compare stock PEFT with the server's model; raises VerifyError when they differ."""
     checkpoint = Checkpoint(base)
+    if (adapter / fft_moe.CONFIG).is_file():
+        return _verify_fft(checkpoint, adapter)
     family = families.of(checkpoint.config, str(base))
-    if family.peft is None:
-        raise VerifyError(f"{adapter}: PEFT has no adapter experts; export.fft_adapter loads these")
     config = families.complete(checkpoint.config, str(base))
     tensors = read_adapter(adapter)
     delta = changes(tensors)
@@ -177,11 +179,37 @@ def verify(base: Path, adapter: Path) -> Verdict:
         weight_difference=worst,
         logit_change=float((meant - plain).abs().max()),
     )
-    scale = max(1.0, float(meant.abs().max()) / 10)
-    if not verdict.logit_difference <= TOLERANCE * scale or worst > 1e-5:
+    return _judged(verdict, adapter, float(meant.abs().max()))
+
+
+def _verify_fft(checkpoint: Checkpoint, adapter: Path) -> Verdict:
+    """The same for adapter experts, which our own loader reads."""
+    tensors = read_adapter(adapter)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.randint(
+        0, model.config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    difference, worst, change = verify_fft.compare(model, checkpoint.config, adapter, tensors, ids)
+    verdict = Verdict(
+        tensors=len(tensors),
+        experts_changed=sum(v.any() for n, v in tensors.items() if n.endswith(".lora_B")),
+        logit_difference=difference,
+        weight_difference=worst,
+        logit_change=change,
+        reader="our loader",
+    )
+    return _judged(verdict, adapter, 10.0)
+
+
+def _judged(verdict: Verdict, adapter: Path, largest: float) -> Verdict:
+    """The verdict, once it is good enough beside the largest logit."""
+    tolerance = TOLERANCE * max(1.0, largest / 10)
+    if not verdict.logit_difference <= tolerance or verdict.weight_difference > 1e-5:
         raise VerifyError(
-            f"{adapter}: stock PEFT differs from the server's model by {verdict.logit_difference:.2e} "
-            f"in a logit and {worst:.2e} in a weight"
+            f"{adapter}: {verdict.reader} differs from the server's model by "
+            f"{verdict.logit_difference:.2e} in a logit and {verdict.weight_difference:.2e} in a weight"
         )
     return verdict
 
@@ -212,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     print(
-        f"ok: {verdict.tensors} tensors, {verdict.experts_changed} experts changed; stock PEFT equals the "
+        f"ok: {verdict.tensors} tensors, {verdict.experts_changed} experts changed; {verdict.reader} equals the "
         f"server's model to {verdict.logit_difference:.1e} per logit (the adapter moves logits by up to "
         f"{verdict.logit_change:.2f})"
     )

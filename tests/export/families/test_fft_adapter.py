@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from export import fft_adapter
+from export import fft_adapter, verify_adapter
 from export.families import fft_moe
 from protocol import PROTOCOL_VERSION, names, tensors
 from protocol.manifest import BaseIndex, Blob
@@ -162,3 +162,17 @@ def test_other_folders_and_other_classes_are_refused(dense, tmp_path):
     fft_adapter.load(model, tmp_path / "b")
     with pytest.raises(fft_adapter.FftAdapterError, match="already"):
         fft_adapter.load(model, tmp_path / "b")
+
+
+def test_verify_adapter_compares_the_loader_with_the_graph(dense, tmp_path, capsys):
+    adapter = tiny_fft.random_adapter()
+    write(tmp_path / "a", adapter, config_of(dense))
+    (tmp_path / "a" / "adapter.safetensors").write_bytes(tensors.encode(adapter))
+    assert verify_adapter.main([str(dense), str(tmp_path / "a")]) == 0
+    assert "our loader equals the server's model" in capsys.readouterr().out
+    swapped = dict(adapter)
+    one, two = (names.lora(0, e, "adapter", "lora_B") for e in (0, 1))
+    swapped[one], swapped[two] = adapter[two], adapter[one]
+    (tmp_path / "a" / "adapter.safetensors").write_bytes(tensors.encode(swapped))
+    assert verify_adapter.main([str(dense), str(tmp_path / "a")]) == 2
+    assert "our loader differs from the server's model" in capsys.readouterr().err
