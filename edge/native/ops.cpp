@@ -294,17 +294,21 @@ Layer layer_of(const Tensor& x, const Tensor& slot, Stack stack, size_t first) {
 
 constexpr size_t LAYER_ARGUMENTS = 13;
 
-bool slots_exist(const Tensor& slot, Stack stack, size_t first) {
+// Buffers hold as many columns as there are tokens: a token that comes to a slot twice would not fit.
+bool slots_exist_and_differ(const Tensor& slot, Stack stack, size_t first) {
   const int64_t slots = stack[first + 8]->toIntList().size();
   const int64_t* id = slot.const_data_ptr<int64_t>();
-  return std::all_of(id, id + slot.numel(), [&](int64_t i) { return 0 <= i && i < slots; });
+  const long k = slot.size(1);
+  for (long i = 0; i < slot.numel(); ++i)
+    if (id[i] < 0 || id[i] >= slots || std::find(id + i / k * k, id + i, id[i]) != id + i) return false;
+  return true;
 }
 
 // (x, weight, slot, layer...) -> y, and saved or norms.
 template <bool NORMS>
 void routed_experts(KernelRuntimeContext& ctx, Stack stack) {
   const Tensor &x = stack[0]->toTensor(), &weight = stack[1]->toTensor(), &slot = stack[2]->toTensor();
-  ET_KERNEL_CHECK(ctx, slots_exist(slot, stack, 3), InvalidArgument, );
+  ET_KERNEL_CHECK(ctx, slots_exist_and_differ(slot, stack, 3), InvalidArgument, );
   const size_t out = 3 + LAYER_ARGUMENTS;
   float* second = written(stack, out + 1);
   forward(layer_of(x, slot, stack, 3), floats(x), floats(weight), written(stack, out), NORMS ? nullptr : second,
@@ -315,7 +319,7 @@ void routed_experts(KernelRuntimeContext& ctx, Stack stack) {
 void routed_experts_backward(KernelRuntimeContext& ctx, Stack stack) {
   const Tensor &dy = stack[0]->toTensor(), &x = stack[1]->toTensor(), &weight = stack[2]->toTensor();
   const Tensor &slot = stack[3]->toTensor(), &saved = stack[4]->toTensor();
-  ET_KERNEL_CHECK(ctx, slots_exist(slot, stack, 5), InvalidArgument, );
+  ET_KERNEL_CHECK(ctx, slots_exist_and_differ(slot, stack, 5), InvalidArgument, );
   const size_t out = 5 + LAYER_ARGUMENTS;
   Gradients into{written(stack, out), written(stack, out + 1),
                  {written(stack, out + 2), written(stack, out + 3), written(stack, out + 4), written(stack, out + 5)}};

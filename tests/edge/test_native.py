@@ -1,7 +1,10 @@
 """The compiled operators against their eager reference, and what happens when something is not as it should be."""
 
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +101,19 @@ def test_two_threads_give_what_one_gives(lowered):
         native.set_threads(1)
 
 
-@pytest.mark.parametrize("bad", [-1, 4, 1 << 40])
-def test_a_slot_that_does_not_exist_is_an_error(lowered, bad):
+@pytest.mark.parametrize("bad", [-1, 4, 1 << 40, "the token's other slot"])
+def test_a_slot_that_does_not_exist_or_comes_twice_is_an_error(lowered, bad):
     layer, tokens, k, step, opened = lowered
     weight, slot = routing(tokens, k, len(layer.formats))
+    good = int(slot[-1, -1])
+    if bad == "the token's other slot":
+        bad = -1 if k == 1 else int(slot[-1, 0])
     slot[-1, -1] = bad
     x = torch.zeros(tokens, layer.hidden)
     arguments = [x, weight, slot, x, *layer.tensors()]
     with pytest.raises(native.NativeError, match="slots_exist"):
         run(opened, arguments)
-    slot[-1, -1] = 0 if k == 1 else slot[-1, 0]
+    slot[-1, -1] = good
     run(opened, arguments)  # and the program is still good
 
 
@@ -294,3 +300,21 @@ def test_a_library_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
         monkeypatch.setenv("EXPERTFLEET_NATIVE", str(tmp_path / name))
         with pytest.raises(native.NativeError, match=name):
             native.library.__wrapped__()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 levels")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v2"])
+def test_the_same_on_narrower_registers(march):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "experts or threads or packed or attention",
+    ]
+    done = subprocess.run(
+        [*command, __file__], env=os.environ | {"EXPERTFLEET_MARCH": march}, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout.decode()
