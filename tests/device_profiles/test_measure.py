@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 import device_profiles
 from device_profiles import measure
 from device_profiles.measure import MeasureError
+from export import costs, outline, plan
+from reference_base import MODEL_DIR
 
 
 @pytest.fixture
@@ -25,6 +28,15 @@ def test_the_profile_loads(tmp_path, fake_runtime, capsys):
     assert profile.uplink_mb == pytest.approx(60 * 45.7e6 / 8 / 2**20, abs=0.1)
     assert "gflops: counted on fingers" in profile.sources
     assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_the_planner_can_use_it(tmp_path, fake_runtime):
+    out = tmp_path / "mine.toml"
+    assert measure.main(["--name", "mine", "--out", str(out)]) == 0
+    config = json.loads((MODEL_DIR / "config.json").read_bytes())
+    base = outline.of(config)
+    found = plan.choose(base, costs.dense_of(base), device_profiles.load(out), plan.Choices())
+    assert (found.used <= found.budget.limits).all()
 
 
 def test_memory_is_that_of_the_container_where_it_has_a_limit(tmp_path):
