@@ -138,6 +138,16 @@ def test_layers_are_numbered_through_both_stacks(made):
     assert list(switch.places(real)) == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23]
 
 
+def test_position_biases_by_distance_are_those_of_transformers(checkpoint):
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(checkpoint)
+    attentions = [stack.block[0].layer[0].SelfAttention for stack in (model.encoder, model.decoder)]
+    wanted = [attention.compute_bias(200, 180) for attention in attentions]
+    assert not torch.equal(*wanted)
+    switch.adapt(model)
+    for attention, bias in zip(attentions, wanted, strict=True):
+        torch.testing.assert_close(attention.compute_bias(200, 180), bias, atol=0, rtol=0)
+
+
 def test_all_resident_in_eight_bits_is_transformers_itself(made, checkpoint):
     base, family, store = made
     kinds = (Slot(format="int8", rank=1),) * 4
