@@ -34,6 +34,9 @@ class Decoder(Protocol):
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Take in more tokens; logits [V] of the one after them."""
 
+    def restart(self) -> None:
+        """Forget the text."""
+
     def close(self) -> None:
         """Give the memory back."""
 
@@ -138,6 +141,10 @@ class CachedDecoder:
                 cache[:, held : held + count] = new[:, :count]
         self._held += count
         return np.array(seen["logits"].reshape(-1), dtype=np.float32)
+
+    def restart(self) -> None:
+        """See `Decoder`."""
+        self._held = 0  # what the cache holds beyond is not looked at
 
     def close(self) -> None:
         """See `Decoder`."""

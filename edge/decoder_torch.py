@@ -32,6 +32,10 @@ class TorchDecoder:
             logits: NDArray[np.float32] = self._model.head(hidden[0, -1:])[0].numpy()
         return logits
 
+    def restart(self) -> None:
+        """See `Decoder`."""
+        self._cache = DynamicCache()
+
     def close(self) -> None:
         """See `Decoder`."""
         del self._model

@@ -128,6 +128,8 @@ def test_the_same_greedy_tokens_from_all_runtimes(base, adapter, peft_only, with
         for runtime in RUNTIMES:
             decoder = open_decoder(runtime, opened, 1)
             said[runtime] = list(generate(decoder, prompt, TOKENS, Picking(), None))
+            decoder.restart()
+            assert list(generate(decoder, prompt, 3, Picking(), None)) == said[runtime][:3]
             decoder.close()
         wanted = transformers_tokens(index, root, peft_only if with_adapter else None, prompt)
         assert said == dict.fromkeys(RUNTIMES, wanted)
