@@ -4,9 +4,9 @@
     python -m export.inference --store store --profile jetson_orin
     OMP_NUM_THREADS=1 python -m benchmarks.generate --artifact store/jetson_orin [--adapter DIR]
 
-Every repeat reads a prompt and then decodes token by token, the runtimes in turn, in one process. Ratios are taken repeat by
-repeat. Memory is the peak of a process of its own, over what the imported libraries take. transformers computes the same
-weights in float32.
+Every repeat reads a prompt and then decodes token by token, the runtimes in turn, in one process. Ratios are taken
+repeat by repeat. Memory is the peak of a process of its own, over what the imported libraries take. transformers
+computes the same weights in float32.
 """
 
 from __future__ import annotations

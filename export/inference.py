@@ -47,7 +47,9 @@ def to_executorch_file(
         name: DecodeModel(base, family, plan.shape, chunk, plan.context)
         for name, chunk in (("prefill", plan.chunk), ("decode", 1))
     }
-    lowered = lower_methods({name: capture(model) for name, model in models.items()})
+    # For one token XNNPACK's calls cost as much as they save (docs/experiments.md).
+    graphs = {name: capture(model) for name, model in models.items()}
+    lowered = lower_methods(graphs, delegated=("prefill",))
     model = models["decode"]
     return Decoder(
         blob=store.put(lowered.program),

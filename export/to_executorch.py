@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -42,8 +42,8 @@ def lower(program: ExportedProgram) -> Lowered:
     return Lowered(bytes(lowered.buffer), sum(plan.non_const_buffer_sizes))
 
 
-def lower_methods(programs: Mapping[str, ExportedProgram]) -> Lowered:
-    """ExecuTorch program with several methods that only compute forward: XNNPACK runs what it can.
+def lower_methods(programs: Mapping[str, ExportedProgram], delegated: Collection[str]) -> Lowered:
+    """ExecuTorch program with several methods that only compute forward; in `delegated` ones XNNPACK runs what it can.
 
     Packed weights are inputs of our own operators, which XNNPACK leaves alone: its own 4-bit products round activations
     to 8 bits and take weights only as constants of the program.
@@ -52,7 +52,7 @@ def lower_methods(programs: Mapping[str, ExportedProgram]) -> Lowered:
         warnings.simplefilter("ignore")  # torch's own deprecations
         edge = to_edge_transform_and_lower(
             dict(programs),
-            partitioner={name: [XnnpackPartitioner()] for name in programs},
+            partitioner={name: [XnnpackPartitioner()] for name in delegated},
             compile_config=CONFIG,
         )
         lowered = edge.to_executorch(

@@ -36,7 +36,7 @@ void product_rows(const Packed& w, bool transposed, const float* x, long T, floa
   for (long t0 = 0; t0 < T; t0 += COLUMNS) {
     const long count = std::min(COLUMNS, T - t0), N = padded(count);
     gather_transposed([&](long n) { return x + (t0 + n) * in; }, count, N, in, columns);
-    product(w, transposed, columns, N, LowRank{}, [&](long j0, long rows, const float* tile) {
+    product(w, transposed, columns, N, count, LowRank{}, [&](long j0, long rows, const float* tile) {
       for (long n = 0; n < count; ++n) {
         float* to = y + (t0 + n) * out + j0;
         for (long j = 0; j < rows; ++j) to[j] = tile[j * N + n];
@@ -191,7 +191,7 @@ void forward(const Layer& l, const float* x, const float* weight, float* y, floa
       const long* ids = l.chunk(at);
       gather_transposed([&](long n) { return x + ids[n] / l.k * l.d; }, count, N, l.d, xt);
       if (R) lower_rank(l.up_a[p], R, l.d, xt, N, t);
-      product(l.up[p], false, xt, N, LowRank{l.up_b[p], 1, R, t, R}, [&](long j0, long rows, const float* tile) {
+      product(l.up[p], false, xt, N, count, LowRank{l.up_b[p], 1, R, t, R}, [&](long j0, long rows, const float* tile) {
         std::memcpy(h + j0 * N, tile, sizeof(float) * rows * N);
         if (saved)
           for (long j = 0; j < rows; ++j)
@@ -199,7 +199,7 @@ void forward(const Layer& l, const float* x, const float* weight, float* y, floa
       });
       apply_activation(l, h, a, N);
       if (R) lower_rank(l.down_a[p], R, l.f, a, N, t);
-      product(l.down[p], false, a, N, LowRank{l.down_b[p], 1, R, t, R}, [&](long j0, long rows, const float* tile) {
+      product(l.down[p], false, a, N, count, LowRank{l.down_b[p], 1, R, t, R}, [&](long j0, long rows, const float* tile) {
         std::memcpy(yt + j0 * N, tile, sizeof(float) * rows * N);
       });
       scatter_add(l, ids, count, weight, yt, N, y);
@@ -245,7 +245,7 @@ void backward(const Layer& l, const float* dy, const float* x, const float* weig
       apply_activation(l, h, a, N);
       // Through the second projection, before the routing weight: its product with `a` is the weight's gradient.
       if (R) lower_rank_back(l.down_b[p], R, l.d, yt, N, back);
-      product(l.down[p], true, yt, N, LowRank{l.down_a[p], l.f, 1, back, R}, [&](long j0, long rows, const float* tile) {
+      product(l.down[p], true, yt, N, count, LowRank{l.down_a[p], l.f, 1, back, R}, [&](long j0, long rows, const float* tile) {
         std::memcpy(da + j0 * N, tile, sizeof(float) * rows * N);
       });
       float share[COLUMNS] = {}, dot[COLUMNS] = {};
@@ -270,7 +270,7 @@ void backward(const Layer& l, const float* dy, const float* x, const float* weig
         outer(xt, back, N, gradient[0], 1, l.d, l.d, R, N);
         outer(h, t, N, gradient[1], R, 1, l.u, R, N);
       }
-      product(l.up[p], true, h, N, LowRank{l.up_a[p], l.d, 1, back, R}, [&](long j0, long rows, const float* tile) {
+      product(l.up[p], true, h, N, count, LowRank{l.up_a[p], l.d, 1, back, R}, [&](long j0, long rows, const float* tile) {
         std::memcpy(yt + j0 * N, tile, sizeof(float) * rows * N);
       });
       scatter_add(l, ids, count, nullptr, yt, N, into.x);

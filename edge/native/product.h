@@ -240,11 +240,34 @@ struct LowRank {
   long rank;
 };
 
+// y[j * ldy] += sum_k w[j][k] * x[k] for J rows; K a multiple of GROUP.
+inline void dot_rows(const float* w, const float* x, float* y, long ldy, long J, long K) {
+  long j = 0;
+  for (; j + 4 <= J; j += 4) {
+    Vec sum[4] = {};
+    for (long k = 0; k < K; k += LANES) {
+      const Vec xs = load<Vec>(x + k);
+      for (int i = 0; i < 4; ++i) sum[i] += load<Vec>(w + (j + i) * K + k) * xs;
+    }
+    for (int i = 0; i < 4; ++i) y[(j + i) * ldy] += sum_lanes(sum[i]);
+  }
+  for (; j < J; ++j) {
+    Vec sum = {};
+    for (long k = 0; k < K; k += LANES) sum += load<Vec>(w + j * K + k) * load<Vec>(x + k);
+    y[j * ldy] += sum_lanes(sum);
+  }
+}
+
 // For each tile of rows of y = W x (or W^T x when `transposed`), plus the low-rank part: sink(row, rows, tile [rows][N]).
+// Only the first `used` columns of x are tokens. A single one fills the lanes along the contraction instead.
 template <class Sink>
-void product(const Packed& w, bool transposed, const float* x, long N, const LowRank& lora, Sink sink) {
+void product(const Packed& w, bool transposed, const float* x, long N, long used, const LowRank& lora, Sink sink) {
   const long J = transposed ? w.in : w.out, K = transposed ? w.out : w.in;
   const long tiles = (J + TILE - 1) / TILE;
+  const bool single = used == 1 && !transposed;
+  Scope scope;
+  float* column = single ? scope.floats(K) : nullptr;
+  for (long k = 0; single && k < K; ++k) column[k] = x[k * N];
   executorch::extension::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Scope mine;
     float* weights = mine.floats(TILE * DEPTH);
@@ -260,7 +283,8 @@ void product(const Packed& w, bool transposed, const float* x, long N, const Low
           multiply(weights, rows, 1, x + k0 * N, N, y, N, rows, depth, N);
         } else {
           w.tile(j0, j0 + rows, k0, k0 + depth, weights);
-          multiply(weights, 1, depth, x + k0 * N, N, y, N, rows, depth, N);
+          if (single) dot_rows(weights, column + k0, y, N, rows, depth);
+          else multiply(weights, 1, depth, x + k0 * N, N, y, N, rows, depth, N);
         }
       }
       sink(j0, rows, y);
