@@ -1,11 +1,11 @@
 """Our own operators: products of packed weights, causal attention, and the routed experts of a layer.
 
-Here as torch operators with a plain reference, which is what eager runs and tests use; `edge/native/ops.cpp` has the same
-for the ExecuTorch runtime, where frozen weights are dequantised tile by tile and only routed tokens are computed.
+Here as torch operators with a plain reference, which is what eager runs and tests use; `edge/native/ops.cpp` has the
+same for the ExecuTorch runtime, where frozen weights are dequantised tile by tile and only routed tokens are computed.
 
-Letters: T tokens, P slots, k experts a token, d hidden, f expert width, u rows of the first projection (2f gated, else f).
-A layer's arguments are flat, slot after slot: packed weights uint8, scales float16, LoRA factors A [R, in] and B [out, R]
-float32; `formats` index `packing.FORMATS`, `ranks` may be 0.
+Letters: T tokens, P slots, k experts a token, d hidden, f expert width, u rows of the first projection (2f gated,
+else f). A layer's arguments are flat, slot after slot: packed weights uint8, scales float16, LoRA factors A [R, in] and
+B [out, R] float32; `formats` index `packing.FORMATS`, `ranks` may be 0.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        assert self.packed is not None and self.scale is not None
+        assert self.packed is not None
+        assert self.scale is not None
         y = ops.packed_linear(x, self.packed, self.scale, self.format, self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -46,7 +47,8 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., d]."""
-        assert self.packed is not None and self.scale is not None
+        assert self.packed is not None
+        assert self.scale is not None
         rows = ops.packed_embedding(ids, self.packed, self.scale, self.format, self.width)
         return rows if self.factor == 1.0 else rows * self.factor
 

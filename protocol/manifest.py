@@ -5,10 +5,10 @@
     STORE/base.sig, STORE/<profile>/manifest.sig  signatures, 64 bytes over the file's (Ed25519), if the store is signed
     STORE/blobs/<sha256>         program, dense, tokenizer and expert blobs, named by their content
 
-Blobs, all safetensors; packed layouts are in `packing`. Expert, one per format: for each projection `{projection}.packed`
-uint8 and `{projection}.scale` float16, of a weight [out, in] as `BaseIndex.features` says. Dense, one per format: every
-other tensor of the checkpoint by its own name, a matrix as `{name}.packed` and `{name}.scale`, anything else as `{name}`
-float32; plus `layers.{l}.router` float32 [E, d] for each MoE layer.
+Blobs, all safetensors; packed layouts are in `packing`. Expert, one per format: for each projection
+`{projection}.packed` uint8 and `{projection}.scale` float16, of a weight [out, in] as `BaseIndex.features` says.
+Dense, one per format: every other tensor of the checkpoint by its own name, a matrix as `{name}.packed` and
+`{name}.scale`, anything else as `{name}` float32; plus `layers.{l}.router` float32 [E, d] for each MoE layer.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class TensorSpec:
 class Slot:
     """Room for one expert: how its frozen weights are stored, and the rank of the LoRA trained on them (0: frozen).
 
-    In a base of adapter experts (FFT-MoE) there are no frozen weights: format "none", and the rank is the expert's width.
+    In a base of adapter experts (FFT-MoE) there are no frozen weights: format "none", and the rank is the expert's
+    width.
     """
 
     format: str

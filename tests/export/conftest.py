@@ -60,7 +60,7 @@ def small_profile(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("profiles") / "small.toml"
     path.write_text(
         'name = "small"\ndescription = "for tests"\nmemory_mb = 64\nbudget_mb = 32\n'
-        'flash_mb = 100\nflash_budget_mb = 100\n'
+        "flash_mb = 100\nflash_budget_mb = 100\n"
         "gflops = 1.0\nmemory_gb_s = 1.0\ndownlink_mbit = 1.0\nuplink_mbit = 1.0\nuplink_mb = 64\ndeadline_s = 600\n"
         'backend = "executorch"\nrank = 4\nsequence = 16\nbatch = 2\nsources = ["none"]\n'
     )
