@@ -1,4 +1,4 @@
-"""What a shape costs a device: bytes of memory, flash and uplink, and seconds (pure, from sizes alone).
+"""What a shape costs a device: bytes of memory, flash and uplink (pure, from sizes alone).
 
 Letters: L MoE layers, P slots of a layer, B batch rows, S tokens per row, T = B * S, K answer positions per row, d
 hidden, u rows of an expert's first projection, k experts per token, V vocabulary, R rank.
@@ -28,8 +28,6 @@ COLUMNS = 256  # tokens that an operator takes at a time (edge/native/product.h)
 THREAD_BYTES = 256 << 10  # scratch of a thread
 THREADS = 4  # most that are counted
 PROGRAM_BYTES = 64 << 10  # both programs of a shape, per layer
-EFFICIENCY = 0.5  # of the profile's matrix throughput: narrow products, unpacking on the way
-UNPACK = 4.0  # operations per weight that is unpacked
 SCRATCH = 4  # copies of one expert's largest factor that an optimizer step makes
 FLOAT = 4
 _LAYER = re.compile(r"(?:layers|block|layer|h)\.(\d+)\.")
@@ -155,64 +153,6 @@ def slot_uplink(base: BaseIndex, slot: Slot) -> int:
     return FLOAT * (adapter_floats(base, slot.rank) + base.hidden) if slot.rank else 0
 
 
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one training step, by where they go."""
-
-    dense: float
-    attention: float
-    experts: float
-    unpacking: float
-    adapters: float
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return self.dense + self.attention + self.experts + self.unpacking + self.adapters
-
-
-def fixed_work(base: BaseIndex, dense: Dense, shape: Shape) -> Work:
-    """What a step costs whichever experts are resident: every token passes k of them.
-
-    Forward and the gradient to the input: twice 2 operations per weight and token.
-    """
-    tokens = shape.batch * shape.sequence
-    routed = len(base.moe_layers) * base.top_k * tokens * expert_weights(base)
-    return Work(
-        dense=4.0 * (dense.linear * tokens + dense.head * shape.batch * shape.answers),
-        attention=12.0 * _layers(base) * tokens * shape.sequence * _attended(base),
-        experts=4.0 * routed,
-        unpacking=2 * UNPACK * (dense.linear + dense.head),
-        adapters=0.0,
-    )
-
-
-def unpacking(base: BaseIndex, slot: Slot) -> float:
-    """Operations per step to unpack a slot's weights, forward and backward."""
-    return 0.0 if slot.format == "none" else 2 * UNPACK * expert_weights(base)
-
-
-def adapter_work(base: BaseIndex, slot: Slot) -> float:
-    """Operations per token in the LoRA factors: forward, and gradients to the input and to the factors."""
-    return 6.0 * adapter_floats(base, slot.rank)
-
-
-def _layers(base: BaseIndex) -> int:
-    return int(base.config.get("num_hidden_layers", base.config.get("num_layers", 1)))
-
-
-def _heads(base: BaseIndex) -> int:
-    return int(base.config.get("num_attention_heads", base.config.get("num_heads", 1)))
-
-
-def _attended(base: BaseIndex) -> int:
-    """Floats per token in queries: heads times their width."""
-    config = base.config
-    width = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
-    width = width or config.get("head_dim") or config.get("d_kv") or base.hidden // _heads(base)
-    return _heads(base) * int(width)
-
-
 def inputs_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     """Bytes of a training program's inputs other than the adapter; `Program.inputs` once it is lowered."""
     batch = shape.batch * shape.sequence * 12 + shape.batch * shape.answers * 20
@@ -305,7 +245,7 @@ def memory(
         budget=budget,
         arena=evaluate.arena_bytes,
         inputs=spec_bytes(evaluate.inputs) - trained,
-        parameters=trained,
+        parameters=2 * trained,  # what was trained, and its copy among the inputs
         optimizer=0,
         outputs=2 * answers,
         runtime=runtime_bytes(base, dense, shape),

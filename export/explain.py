@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from export import costs, items
+from export import costs, items, work
 from export.items import CAPS, Values
 from export.plan import MB, Plan
 from protocol.manifest import BaseIndex, Manifest, Slot, TensorSpec
@@ -47,12 +47,12 @@ def why_not_more(base: BaseIndex, plan: Plan, values: Values, rank: int) -> list
     uplink = costs.slot_uplink(base, cheapest)
     rates, lines = plan.budget.rates, []
     tokens = plan.shape.batch * plan.shape.sequence
-    work = costs.unpacking(base, cheapest) + costs.adapter_work(base, cheapest) * tokens
+    operations = work.unpacking(base, cheapest) + work.adapter_work(base, cheapest) * tokens
     need = np.array(
         [
             costs.slot_memory(base, cheapest),
             costs.slot_flash(base, cheapest),
-            rates.steps * work / rates.operations + uplink / rates.uplink,
+            rates.steps * operations / rates.operations + uplink / rates.uplink,
             uplink,
         ]
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export import costs
+from export import costs, work
 from protocol.manifest import BaseIndex, Shape, Slot
 
 Floats = NDArray[np.float64]
@@ -120,9 +120,9 @@ def cost(
     table = np.zeros((*floor.shape, 1 + len(slots), len(CAPS)))
     for place, slot in enumerate(slots, 1):
         uplink = costs.slot_uplink(base, slot)
-        work = costs.unpacking(base, slot) + costs.adapter_work(base, slot) * tokens
+        operations = work.unpacking(base, slot) + work.adapter_work(base, slot) * tokens
         table[..., place, 0] = costs.slot_memory(base, slot)
         table[..., place, 1] = costs.slot_flash(base, slot)
-        table[..., place, 2] = rates.steps * work / rates.operations + uplink / rates.uplink
+        table[..., place, 2] = rates.steps * operations / rates.operations + uplink / rates.uplink
         table[..., place, 3] = uplink
     return table.reshape(-1, 1 + len(slots), len(CAPS))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from device_profiles import DeviceProfile
-from export import catalogue, costs, items, knapsack
+from export import catalogue, costs, items, knapsack, work
 from export.costs import Dense
 from export.items import CAPS, Bools, Floats, Ints, Rates, Values
 from protocol.manifest import BaseIndex, MemoryPlan, Shape
@@ -91,7 +91,7 @@ def budget_of(profile: DeviceProfile, choices: Choices) -> Budget:
     seconds = profile.deadline_s if choices.deadline is None else choices.deadline
     memory = int(profile.budget_bytes * choices.scale_budget)
     rates = Rates(
-        choices.steps, profile.gflops * 1e9 * costs.EFFICIENCY, profile.uplink_mbit * 1e6 / 8
+        choices.steps, profile.gflops * 1e9 * work.EFFICIENCY, profile.uplink_mbit * 1e6 / 8
     )
     return Budget(np.array([memory, profile.flash_budget_mb * MB, seconds, uplink * MB]), rates)
 
@@ -214,12 +214,12 @@ def _fixed(question: _Question, empty: Shape) -> Floats:
     """[C]: costs without any expert."""
     base, budget = question.base, question.budget
     memory = costs.estimate(base, question.dense, empty, budget.memory).predicted
-    work = costs.fixed_work(base, question.dense, empty)
+    step = work.fixed_work(base, question.dense, empty)
     return np.array(
         [
             memory + question.reserve,
             sum(costs.flash(base, empty).values()),
-            budget.rates.steps * work.total / budget.rates.operations,
+            budget.rates.steps * step.total / budget.rates.operations,
             0.0,
         ]
     )
@@ -317,12 +317,12 @@ def _seconds(
     for layer, ids in enumerate(experts):
         resident[layer, list(ids)] = True
     tokens = items.load(base, shape, values.mass, resident)
-    work = costs.fixed_work(base, question.dense, shape)
-    unpacking, adapters = work.unpacking, 0.0
+    step = work.fixed_work(base, question.dense, shape)
+    unpacking, adapters = step.unpacking, 0.0
     for layer, slots in enumerate(shape.slots):
         for slot, expert in zip(slots, experts[layer], strict=True):
-            unpacking += costs.unpacking(base, slot)
-            adapters += costs.adapter_work(base, slot) * float(tokens[layer, expert])
-    done = replace(work, unpacking=unpacking, adapters=adapters)
+            unpacking += work.unpacking(base, slot)
+            adapters += work.adapter_work(base, slot) * float(tokens[layer, expert])
+    done = replace(step, unpacking=unpacking, adapters=adapters)
     spent = {name: rates.steps * n / rates.operations for name, n in vars(done).items()}
     return {**spent, "upload": uplink / rates.uplink}
