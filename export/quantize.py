@@ -20,7 +20,25 @@ from protocol.packing import FINE, GROUP, NF4, SHRINK
 
 BLOCK = 1 << 17  # weights at a time: with its temporaries about a core's L2 cache
 _VALUES = torch.from_numpy(NF4)
-_BORDERS = torch.from_numpy((NF4[1:] + NF4[:-1]) / 2)
+# NF4's levels are 0.08 apart or more: a cell of 1/128 holds one border between two codes at most.
+_CELLS = 257
+
+
+def _cells(exact: Tensor) -> Tensor:
+    """The cell of each value, int32 in 0..256; a larger value is never in an earlier cell."""
+    return exact.add(1).mul_(128).clamp_(0, _CELLS - 1).int()
+
+
+def _table() -> tuple[Tensor, Tensor]:
+    """Per cell: the code of values up to its border, and the border."""
+    borders = torch.from_numpy((NF4[1:] + NF4[:-1]) / 2)
+    cells, border = _cells(borders), torch.full((_CELLS,), torch.inf)
+    border[cells] = borders
+    code = (cells.unsqueeze(0) < torch.arange(_CELLS).unsqueeze(1)).sum(1)
+    return code.to(torch.int8), border
+
+
+_CODE, _BORDER = _table()
 
 
 @dataclass(frozen=True)
@@ -137,10 +155,11 @@ def _int4(x: Tensor, most: Tensor, least: Tensor, out: Tensor) -> tuple[Tensor, 
 def _nf4(x: Tensor, most: Tensor, least: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """The same; a level is a value of NF4."""
     scale = _half(torch.maximum(most, -least))
-    exact = _divide(x, scale, _buffers.level)
-    code = torch.bucketize(exact.view(-1), _BORDERS, out_int32=True)
-    _nibbles(code.to(torch.int8), out)
-    return scale, _VALUES.index_select(0, code).view(x.shape)
+    exact = _divide(x, scale, _buffers.level).view(-1)
+    cell = _cells(exact)
+    code = _CODE.index_select(0, cell).add_(exact > _BORDER.index_select(0, cell))
+    _nibbles(code, out)
+    return scale, _VALUES.index_select(0, code.int()).view(x.shape)
 
 
 def _int8(x: Tensor, most: Tensor, least: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

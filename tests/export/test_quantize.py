@@ -62,3 +62,21 @@ def test_what_cannot_be_packed_is_refused_by_both(format, weight, words):
         fast.quantize(weight, (format,))
     with pytest.raises(ValueError, match=words):
         packing.quantize(weight.numpy(), format)
+
+
+@pytest.mark.parametrize("format", packing.FORMATS)
+def test_values_on_and_beside_the_border_of_two_codes(format):
+    levels = packing.NF4 if format == "nf4" else np.arange(-8, 8, dtype=np.float32)
+    borders = (levels[1:] + levels[:-1]) / 2
+    largest = np.float32({"nf4": 1, "int4": 7, "int8": 127}[format])
+    near = [np.nextafter(borders, to, dtype=np.float32) for to in (-np.inf, np.inf)]
+    values = np.concatenate([borders, *near])
+    # The first of each group makes its scale 1.
+    groups = [[largest, *values[i : i + 31]] for i in range(0, len(values), 31)]
+    weight = np.array([row + [0] * (32 - len(row)) for row in groups], np.float32)
+    packed, scale = packing.quantize(weight, format)
+    if format != "int4":
+        assert (scale == 1).all()
+    found, _ = fast.quantize(torch.from_numpy(weight), (format,))
+    np.testing.assert_array_equal(found[format].packed, packed)
+    np.testing.assert_array_equal(found[format].scale, scale)
