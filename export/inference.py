@@ -15,11 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from export import families
-from export.blob_store import BlobStore, write_atomically
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from export import families, publish
+from export.blob_store import BlobStore
 from export.decode_graph import DecodeModel, capture
 from export.families import FamilyError
 from export.families.family import Family
+from export.keys import KeyFileError, read_private
 from export.to_executorch import lower_methods
 from export.to_onnx import OnnxError, to_onnx
 from protocol import PROTOCOL_VERSION, inference
@@ -89,6 +92,7 @@ def build(
     chunk: int,
     rank: int | None,
     runtimes: Sequence[str],
+    key: Ed25519PrivateKey | None = None,
     advance: Callable[[str], None],
 ) -> Inference:
     """Write the programs of `runtimes` for the experts that an artifact holds.
@@ -101,13 +105,16 @@ def build(
         Tokens of the prompt that are read in one call.
     rank : int or None
         Largest rank of an adapter that can be loaded; None takes the largest rank of the artifact.
+    key : Ed25519PrivateKey or None
+        Signs `inference.json`, as it signed the manifest.
     advance : callable
         Told of each finished runtime.
 
     Raises
     ------
-    InferenceError, FamilyError, OnnxError
+    InferenceError, FamilyError, KeyFileError, OnnxError
     """
+    publish.check_key(out, key)
     longest = int(base.config.get("max_position_embeddings", context))
     if not 2 <= context <= longest:
         raise InferenceError(f"--context {context}: 2 to {longest} wanted, the base reads no more")
@@ -129,7 +136,7 @@ def build(
         decoder = RUNTIMES[runtime](base, family, plan, store)
         plan = replace(plan, decoders={**plan.decoders, runtime: decoder})
         advance(runtime)
-    write_atomically(out / plan.profile / "inference.json", inference.to_json(plan))
+    publish.write(out / plan.profile / "inference.json", inference.to_json(plan), key)
     return plan
 
 
@@ -163,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prompt tokens read in one call (default: %(default)s)",
     )
     parser.add_argument("--rank", type=int, help="largest adapter rank (default: the artifact's)")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with the store's key")
     parser.add_argument(
         "--runtime",
         action="append",
@@ -191,9 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             chunk=args.chunk,
             rank=args.rank,
             runtimes=args.runtime or sorted(RUNTIMES),
+            key=None if args.sign is None else read_private(args.sign),
             advance=lambda runtime: print(f"{runtime}: done", file=sys.stderr, flush=True),
         )
-    except (FamilyError, InferenceError, ManifestError, OnnxError, OSError) as error:
+    except (FamilyError, InferenceError, KeyFileError, ManifestError, OnnxError, OSError) as error:
         print(f"export.inference: {error}", file=sys.stderr)
         return 2
     for runtime, decoder in plan.decoders.items():

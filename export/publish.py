@@ -46,8 +46,8 @@ def publish(
     check_key(store, key)
     path = store / artifact.profile / "manifest.json"
     artifact = dataclasses.replace(artifact, version=_version(path, artifact))
-    _write(store / "base.json", to_json(base), key)
-    _write(path, to_json(artifact), key)
+    write(store / "base.json", to_json(base), key)
+    write(path, to_json(artifact), key)
     if key is not None:
         write_atomically(store / "key.pub", public_pem(key))
     return artifact
@@ -63,7 +63,8 @@ def _version(path: Path, artifact: Manifest) -> int:
     return max(int(time.time()), last.version + 1)
 
 
-def _write(path: Path, data: bytes, key: Ed25519PrivateKey | None) -> None:
+def write(path: Path, data: bytes, key: Ed25519PrivateKey | None) -> None:
+    """Write a file, and with a key its signature before it."""
     if key is not None:
         write_atomically(path.with_suffix(".sig"), key.sign(data))
     write_atomically(path, data)

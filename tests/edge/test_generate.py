@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import OlmoeForCausalLM
 
 from edge import generate as verb
 from edge.decode import RUNTIMES, Picking, generate, open_decoder, pick
-from export import families, inference
+from export import families, inference, keys, publish
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint
 from export.slice_base import slice_base
@@ -278,6 +279,18 @@ def test_export_refuses(base, capsys):
         assert out == ""
         assert line in err
         assert err.count("\n") == 1
+
+
+def test_a_signed_store_wants_its_key(base, tmp_path, capsys):
+    key = Ed25519PrivateKey.generate()
+    copied = tmp_path / "store"
+    shutil.copytree(base[1], copied, ignore=shutil.ignore_patterns("inference.json", "blobs"))
+    (copied / "key.pub").write_bytes(keys.public_pem(key))
+    arguments = ["--store", str(copied), "--profile", "here", "--context", "16", "--chunk", "4"]
+    assert inference.main(arguments) == 2
+    assert "is signed" in capsys.readouterr().err
+    publish.write(copied / "here" / "inference.json", b"{}", key)
+    key.public_key().verify((copied / "here" / "inference.sig").read_bytes(), b"{}")
 
 
 def test_picking():
