@@ -79,6 +79,7 @@ def put_together(
     chosen: Scenario,
     data: str,
     split: Split,
+    gone: frozenset[str],
     scores: Mapping[int, float],
     seconds: float,
     building: float,
@@ -94,6 +95,7 @@ def put_together(
         layers=base.moe_layers,
         experts=base.num_experts,
         history=_history(plan),
+        gone=gone,
         scores=scores,
         predicted={profile: m.memory.predicted for profile, m in built.items()},
         slots={

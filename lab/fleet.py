@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lab.judge import Judge
 from lab.live import View, fetch_status
@@ -123,12 +122,12 @@ def _start_edges(processes: Processes, plan: Plan, scenario: Scenario, url: str)
 
 def run(
     processes: Processes, plan: Plan, scenario: Scenario, view: View
-) -> tuple[dict[str, Any], dict[int, float]]:
+) -> tuple[frozenset[str], dict[int, float]]:
     """Run the scenario to its end.
 
     Returns
     -------
-    (status, scores) : the server's last status; adapter version -> global accuracy
+    (gone, scores) : devices whose process ended before the run did; adapter version -> global accuracy
 
     Raises
     ------
@@ -165,7 +164,7 @@ def run(
     view.show(status, scores)
     _leave(edges)
     processes.stop(*(edge.name for edge in edges), "server", "judge")
-    return status, scores
+    return frozenset(name.removeprefix("edge-") for name in gone), scores
 
 
 def _leave(edges: list[Child], patience: float = 10.0) -> None:

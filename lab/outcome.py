@@ -29,7 +29,8 @@ class DeviceOutcome:
     slots: dict[str, int]  # "format/rank" -> slots over all layers, rank 0 for a frozen one
     budget_bytes: int
     predicted_bytes: int  # by export, -1 where unknown
-    peak_bytes: int  # the highest of all rounds
+    peak_bytes: int  # the highest of the rounds it reported
+    gone: bool  # its process ended before the run did
     baseline_bytes: int
     bytes_down: int
     bytes_up: int
@@ -53,8 +54,8 @@ class DeviceOutcome:
 
     @property
     def fits(self) -> bool:
-        """Was the measured peak within the budget?"""
-        return self.peak_bytes <= self.budget_bytes
+        """Did it work to the end, and was the measured peak within the budget?"""
+        return not self.gone and self.peak_bytes <= self.budget_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,7 @@ def _device(
     versions: int,
     predicted: Mapping[str, int],
     slots: Mapping[str, dict[str, int]],
+    gone: bool,
 ) -> DeviceOutcome:
     mine = [(e, e["devices"][name]) for e in history if name in e["devices"]]
     facts = [f for _, f in mine]
@@ -147,6 +149,7 @@ def _device(
         slots=slots.get(last["profile"], {}),
         budget_bytes=last["budget_bytes"],
         predicted_bytes=predicted.get(last["profile"], -1),
+        gone=gone,
         peak_bytes=max(f["peak_bytes"] for f in facts),
         baseline_bytes=max(f["baseline_bytes"] for f in facts),
         bytes_down=sum(f["bytes_down"] for f in facts),
@@ -170,6 +173,7 @@ def gather(
     scores: Mapping[int, float],
     predicted: Mapping[str, int],
     slots: Mapping[str, dict[str, int]],
+    gone: frozenset[str] = frozenset(),
     ceiling: float | None = None,
     seconds: float = 0.0,
     seconds_building: float = 0.0,
@@ -183,6 +187,7 @@ def gather(
     scores : adapter version -> global accuracy; 0 is the base
     predicted : profile -> bytes that export predicted
     slots : profile -> "format/rank" -> slots over all layers
+    gone : devices whose process ended before the run did
 
     Raises
     ------
@@ -194,7 +199,9 @@ def gather(
         if not names:
             raise HistoryError("the history names no device that delivered an update")
         versions = 1 + max(entry["version"] for entry in history)
-        devices = [_device(n, history, layers, versions, predicted, slots) for n in names]
+        devices = [
+            _device(n, history, layers, versions, predicted, slots, n in gone) for n in names
+        ]
         devices.sort(key=lambda d: (-d.budget_bytes, d.name))
         return Outcome(
             name=name,

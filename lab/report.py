@@ -96,7 +96,7 @@ def summary(outcome: Outcome) -> list[tuple[str, str]]:
         *facts,
         ("rounds of training", str(sum(r.work == "train" for r in outcome.rounds))),
         ("samples trained on", f"{outcome.samples:,}"),
-        ("devices within budget", f"{fitting} of {len(outcome.devices)}"),
+        ("devices that worked to the end, within budget", f"{fitting} of {len(outcome.devices)}"),
         ("run time", f"{outcome.seconds:.0f} s"),
     ]
 

@@ -69,13 +69,14 @@ def run(args: argparse.Namespace, console: Console) -> Path:
             enforce=limits,
         )
         with View(console) as view:
-            _, scores = fleet.run(processes, plan, plan_of_run, view)
+            gone, scores = fleet.run(processes, plan, plan_of_run, view)
         ran = time.monotonic() - start
         result = conclude.put_together(
             plan,
             plan_of_run,
             "generated utterances to an assistant" if args.data is None else args.data.name,
             split,
+            gone,
             scores,
             ran,
             building,

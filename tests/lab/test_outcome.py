@@ -113,6 +113,15 @@ def test_sums_peaks_and_experts(result):
     assert result.trained_rounds["b"].tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
+def test_a_device_that_was_stopped_does_not_fit():
+    a, _ = outcome.gather(
+        name="t", data="d", test_rows=0, labels=1, batch={"pixel_8": 1}, layers=(0, 1), experts=3,
+        history=HISTORY, scores={}, predicted={}, slots={}, gone=frozenset("a"),
+    ).devices  # fmt: skip
+    assert a.peak_bytes < a.budget_bytes
+    assert not a.fits
+
+
 def test_not_measured_is_not_zero():
     rounds = [
         line(0, "profile", 0, {"a": facts(-1.0)}),

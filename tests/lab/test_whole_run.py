@@ -43,7 +43,7 @@ def test_two_devices_of_different_slots(tmp_path, capsys):
     )
     said = capsys.readouterr()
     assert code == 0, said.err + said.out
-    assert "devices within budget: 2 of 2" in said.out
+    assert "within budget: 2 of 2" in said.out
     assert "export.verify_adapter: ok" in said.out
     assert (out / "report.html").is_file()
     lines = history.parse((out / "state" / "history.jsonl").read_text(), "history")
