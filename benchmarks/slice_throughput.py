@@ -1,4 +1,6 @@
-"""Slicing a whole checkpoint: speed, memory, re-use. python -m benchmarks.slice_throughput --checkpoint DIR --out STORE.
+"""Slicing a whole checkpoint: speed, memory, re-use.
+
+    python -m benchmarks.slice_throughput --checkpoint DIR --out STORE
 
 Compared with what torch takes to copy the same bytes once, in memory, in the same run and with one thread. `--out` must
 not exist; it is left behind for inspection.

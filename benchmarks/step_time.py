@@ -8,8 +8,8 @@ Prints medians, and for each the ratio to ours taken pair by pair, the arena, an
 ours         ExecuTorch, experts and dense matrices in 4 bits
 grouped_mm   transformers + PEFT target_parameters, fp32 weights, the fastest of transformers' expert implementations
 eager        the same with transformers' loop over experts
-hand-written transformers' attention, tokens routed by hand, LoRA applied to each expert's tokens, fp32 weights
-floor        nothing but the matrix products of the routed tokens through frozen experts, forward and backward, by torch.mm
+hand-written transformers' attention, tokens routed by hand, LoRA on each expert's tokens, fp32 weights
+floor        only the products of the routed tokens with frozen experts, forward and backward, by torch.mm
 """
 
 from __future__ import annotations
