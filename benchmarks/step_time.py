@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time [--hidden 512 --width 1024 --layers 4 --experts 8 --sequence 128]
 
-An OLMoE with attention; LoRA on every expert projection and on the router rows; forward and backward over every position.
+An OLMoE with attention, LoRA on every expert projection and on router rows; forward and backward over every position.
 Prints medians, and for each the ratio to ours taken pair by pair, the arena, and with --trace our time by operator.
 
 ours         ExecuTorch, experts and dense matrices in 4 bits
