@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from export import costs, families
+from export.families.family import Family
 from protocol import PROTOCOL_VERSION, packing
 from protocol.manifest import BaseIndex, Blob
 
@@ -18,20 +19,16 @@ ERROR = {"int4": 0.097, "nf4": 0.087, "int8": 0.0054}  # of normally distributed
 NOTHING = Blob(sha256="0" * 64, bytes=0)
 
 
-def of(config: dict[str, Any], formats: Sequence[str] = FORMATS) -> BaseIndex:
-    """The outline of a model; routing is taken to be uniform.
-
-    Parameters
-    ----------
-    config : the checkpoint's `config.json`
+def facts(config: dict[str, Any], family: Family) -> BaseIndex:
+    """What a configuration says of a base: no blobs, no tokenizer, uniform routing.
 
     Raises
     ------
-    FamilyError
+    KeyError
+        The configuration lacks a size.
     """
-    family = families.of(config, "config")
     layers, experts = family.moe_layers(config), family.num_experts(config)
-    base = BaseIndex(
+    return BaseIndex(
         protocol=PROTOCOL_VERSION,
         base="outline",
         model_type=family.model_type,
@@ -52,6 +49,21 @@ def of(config: dict[str, Any], formats: Sequence[str] = FORMATS) -> BaseIndex:
         routing_prior=((1 / experts,) * experts,) * len(layers),
         peft=family.peft,
     )
+
+
+def of(config: dict[str, Any], formats: Sequence[str] = FORMATS) -> BaseIndex:
+    """The outline of a model; routing is taken to be uniform.
+
+    Parameters
+    ----------
+    config : the checkpoint's `config.json`
+
+    Raises
+    ------
+    FamilyError
+    """
+    base = facts(config, families.of(config, "config"))
+    layers, experts = base.moe_layers, base.num_experts
     dense = costs.dense_of(base)
     routers = costs.FLOAT * len(layers) * experts * base.hidden
     base = replace(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export import families
+from export import families, outline
 from export.blob_store import BlobStore, OtherBlob
 from export.checkpoint import Checkpoint, CheckpointError
 from export.families.family import Family
@@ -26,7 +26,7 @@ from export.journal import Journal
 from export.quantize import quantize
 from export.slice_dense import slice_dense
 from export.train_graph import dense_names, skeleton
-from protocol import PROTOCOL_VERSION, packing, tensors
+from protocol import tensors
 from protocol.manifest import BaseIndex, Blob, ManifestError, read_base, to_json
 
 Shape = tuple[int, ...]
@@ -109,31 +109,16 @@ def _prior(checkpoint: Checkpoint, layers: int, experts: int) -> tuple[tuple[flo
 def _facts(checkpoint: Checkpoint, family: Family, store: BlobStore) -> BaseIndex:
     """The index without blobs of weights."""
     config = families.complete(checkpoint.config, str(checkpoint.path))
-    layers, experts = family.moe_layers(config), family.num_experts(config)
     try:
-        return BaseIndex(
-            protocol=PROTOCOL_VERSION,
-            base="",
-            model_type=family.model_type,
-            config=config,
-            moe_layers=layers,
-            num_experts=experts,
-            top_k=family.top_k(config),
-            hidden=family.hidden(config),
-            intermediate=family.intermediate(config),
-            vocabulary=int(config["vocab_size"]),
-            group=packing.GROUP,
-            architecture=family.architecture,
-            projections=family.projections,
-            dense={},
-            tokenizer=store.put(checkpoint.file("tokenizer.json")),
-            experts={},
-            error={},
-            routing_prior=_prior(checkpoint, len(layers), experts),
-            peft=family.peft,
-        )
+        base = outline.facts(config, family)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}/config.json: {error} is missing") from error
+    return dataclasses.replace(
+        base,
+        base="",
+        tokenizer=store.put(checkpoint.file("tokenizer.json")),
+        routing_prior=_prior(checkpoint, len(base.moe_layers), base.num_experts),
+    )
 
 
 def _key(base: BaseIndex, checkpoint: Checkpoint, family: Family, dense: dict[str, Shape]) -> str:
