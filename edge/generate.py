@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; prints the text."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
+    logging.getLogger("torch").setLevel(logging.ERROR)  # its own deprecations
     try:
         print(run(args))
     except (GenerateError, ManifestError) as error:
