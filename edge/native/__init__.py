@@ -103,7 +103,12 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise NativeError("no C++ compiler found (on Debian and Ubuntu: apt-get install g++)")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NativeError(
+            f"{cache}: {error.strerror}; XDG_CACHE_HOME names another place"
+        ) from error
     include = sdk / "include"
     command = [
         *(compiler, *flags, f"-I{include}"),

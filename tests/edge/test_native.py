@@ -294,6 +294,13 @@ def test_without_a_compiler_the_package_is_named(sources, monkeypatch):
         load_backend("executorch")
 
 
+def test_a_cache_that_cannot_be_made_is_one_line(sources, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(native.NativeError, match="expertfleet: Not a directory; XDG_CACHE_HOME"):
+        native.build()
+
+
 def test_a_library_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
     for name in ("broken.so", "absent.so"):
