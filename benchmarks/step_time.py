@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def config_of(args: argparse.Namespace) -> OlmoeConfig:
 
 def value_of(spec: TensorSpec, vocabulary: int) -> np.ndarray[Any, Any]:
     """Random values of a sensible size for one input."""
-    rng = np.random.default_rng(abs(hash(spec.name)) % 2**32)
+    rng = np.random.default_rng(zlib.crc32(spec.name.encode()))  # the same in every process
     if spec.name in ("tokens", "targets"):
         return rng.integers(0, vocabulary, spec.shape)
     if spec.name == "positions":

@@ -143,7 +143,7 @@ class MemoryPlan:
     budget: int
     arena: int
     inputs: int
-    parameters: int  # LoRA and router rows: values, gradients
+    parameters: int  # LoRA and router rows; their gradients are in the arena
     optimizer: int
     outputs: int
     runtime: int

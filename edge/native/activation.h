@@ -71,5 +71,4 @@ inline void backward_row(float* gate, float* up, const float* da, long N) {
   }
 }
 
-
 } // namespace expertfleet
