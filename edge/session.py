@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,28 @@ class LayerStats:
     g_log_g: NDArray[np.float32]  # [E]
     missed: float
     output_norm: NDArray[np.float32]  # [P]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The part of `protocol.objective.Objective` that is inside a program's graph; the meanings are there.
+
+    Attributes
+    ----------
+    targets : MoE layer -> float32 [P], sums to 1; of the heterogeneity-aware balance. Uniform where it is missing
+    """
+
+    label_smoothing: float = 0.0
+    balance: float = 0.0
+    target_balance: float = 0.0
+    z_loss: float = 0.0
+    cap: int = 0
+    cap_where: Literal["both", "backward"] = "both"
+    active: int = 0
+    targets: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+
+
+PLAIN = Terms()
 
 
 @dataclass(frozen=True)

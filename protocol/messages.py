@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from protocol import PROTOCOL_VERSION, schema
 from protocol.manifest import Blob
+from protocol.objective import Objective
 
 MAX_MESSAGE = 64 << 10
 
@@ -92,6 +93,8 @@ class Lease:
     learning_rate: float
     router_learning_rate: float
     seed: int
+    objective: Objective = Objective()
+    uplink: Literal["float32", "int8", "int4"] = "float32"  # how the update's factors are coded
     seconds: float  # until the deadline, counted from receipt: device clocks are not trusted
     nonce: str
 

@@ -48,6 +48,15 @@ def router_row(layer: int, expert: int) -> str:
     return f"layers.{layer}.router.{expert}"
 
 
+def output_scale(layer: int) -> str:
+    """Name of the factor on the output of a layer's experts, [1]; a device keeps its own, it is never sent.
+
+    >>> output_scale(3)
+    'layers.3.output_scale'
+    """
+    return f"layers.{layer}.output_scale"
+
+
 def parse(name: str) -> AdapterName | None:
     """Inverse of `lora` and `router_row`; None when `name` is neither.
 

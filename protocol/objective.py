@@ -1,0 +1,56 @@
+"""What a device minimises beside the cross entropy of its answers; the server says it with every lease.
+
+Letters: P resident experts of a layer, k experts per token, f share of routed places, g router probability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from protocol.schema import SchemaError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Terms of the local objective. Every weight is 0 by default: plain cross entropy.
+
+    Attributes
+    ----------
+    label_smoothing : share of the target spread evenly over the vocabulary, in [0, 1) (FedMoE, method.md 3.2)
+    balance : weight of Switch's load balance, P * sum_e f_e mean g_e over the residents (arXiv 2101.03961)
+    target_balance : weight of the heterogeneity-aware balance (k/P)^(-1/2) KL(target || mean g) (FFT-MoE, method.md 2.3)
+    target_mix, target_kappa : mu and kappa of that target: share and sharpness of the server's wish for rarely trained
+        experts
+    z_loss : weight of mean logsumexp(router logits)^2
+    prox : mu of FedProx, mu/2 |w - w_lease|^2 over what is trained
+    scaffold : correct gradients by control variates (SCAFFOLD); they travel with adapter and update
+    cap : at most so many experts of a layer take part in a batch; 0: all residents
+    cap_where : "both": the others get no token; "backward": as HFedMoE prints it, they only get no gradient
+    active : experts per token, at most the base's k; 0: k (FLAME, FFT-MoE)
+    output_scale : learn one factor per layer on the experts' output; it stays on the device (FLAME)
+    """
+
+    label_smoothing: float = 0.0
+    balance: float = 0.0
+    target_balance: float = 0.0
+    target_mix: float = 0.2
+    target_kappa: float = 1.0
+    z_loss: float = 0.0
+    prox: float = 0.0
+    scaffold: bool = False
+    cap: int = 0
+    cap_where: Literal["both", "backward"] = "both"
+    active: int = 0
+    output_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise SchemaError(f"label_smoothing {self.label_smoothing}, 0 to below 1 wanted")
+        for name in ("balance", "target_balance", "target_kappa", "z_loss", "prox"):
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise SchemaError(f"{name} {getattr(self, name)}, 0 to 1e6 wanted")
+        if not 0 <= self.target_mix <= 1:
+            raise SchemaError(f"target_mix {self.target_mix}, 0 to 1 wanted")
+        if self.cap < 0 or self.active < 0:
+            raise SchemaError(f"cap {self.cap}, active {self.active}: 0 or more wanted")
