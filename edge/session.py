@@ -150,6 +150,7 @@ class Backend(Protocol):
 BACKENDS = {
     "executorch": "edge.session_executorch",
     "torch": "edge.session_torch",
+    "torch-routed": "edge.routed_torch",
     "torch-nf4": "edge.session_nf4",
 }
 
