@@ -394,18 +394,22 @@ class RoutedSession:
         return dict(self._values)
 
     def hidden(self, batch: Batch, terms: Terms, *, train: bool, statistics: bool) -> Tensor:
-        """Hidden states at the batch's positions, [B * K, d]; columns that are padding everywhere are not computed."""
+        """Hidden states at the batch's positions, [B * K, d].
+
+        Rows and columns that are padding altogether are at the end and are not computed; their positions give
+        something, which must weigh nothing.
+        """
+        width = batch.tokens.shape[1]
         length = max(1, int(batch.valid.sum(1).max()))
-        rows, width = batch.tokens.shape
-        places = torch.from_numpy(
-            batch.positions // width * length + np.minimum(batch.positions % width, length - 1)
-        ).reshape(-1)
+        rows = max(1, int((batch.valid[:, 0] > 0).sum()))
+        row, column = np.minimum(batch.positions // width, rows - 1), batch.positions % width
+        places = torch.from_numpy(row * length + np.minimum(column, length - 1)).reshape(-1)
         unique, back = torch.unique(places, return_inverse=True)
-        valid = torch.from_numpy(np.ascontiguousarray(batch.valid[:, :length])).reshape(-1)
+        valid = torch.from_numpy(np.ascontiguousarray(batch.valid[:rows, :length])).reshape(-1)
         run = Run(valid, terms, train, statistics, unique)
         for block in self.body.blocks.values():
             block.run = run
-        tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens[:, :length]))
+        tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens[:rows, :length]))
         # Padding is on the right: the causal mask alone keeps it from every valid token.
         hidden = self.body.model.model(tokens, use_cache=False).last_hidden_state
         return hidden.reshape(rows * length, -1)[unique][back]
