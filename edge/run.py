@@ -97,7 +97,7 @@ def run(options: Options) -> None:
                 identity.device, options.profile, identity.token, len(train_rows)
             )
             identity.remember(welcome.token)
-            data.check_labels(rows, welcome.task.labels, str(options.data))
+            data.check_labels(rows, welcome.task, str(options.data))
             if device is None:
                 backend = load_backend(options.backend)
                 device = Device(options, identity, server, cache, outbox, rows, backend, trust)

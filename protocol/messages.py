@@ -28,11 +28,13 @@ class MessageError(ValueError):
 class Task:
     """What the run teaches. `labels` empty: plain language modelling of `{text}`.
 
-    With labels, a row is `template` with `{text}` filled in, followed by a space and the label.
+    With labels, a row is `template` with `{text}` filled in, followed by a space and the label. With `answer` "text"
+    there are no labels: every row brings its own answer, any text, in its label's place.
     """
 
     template: str = "Text: {text}\nTopic:"
     labels: tuple[str, ...] = ()
+    answer: Literal["label", "text"] = "label"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,8 @@ def read_task(path: Path) -> Task:
         raise ConfigError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
+    if task.answer == "text" and task.labels:
+        raise ConfigError(f"{path}: answer 'text' wants no labels, {len(task.labels)} found")
     if task.template.count("{text}") != 1:
         raise ConfigError(f"{path}: template wants {{text}} exactly once")
     return task

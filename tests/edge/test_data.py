@@ -61,10 +61,10 @@ def test_unreadable_files_are_named(tmp_path):
 def test_bad_labels_name_the_nearest():
     rows = [Row("a", "sport"), Row("b", "sports")]
     with pytest.raises(DataError, match=r"row 2 has the label 'sports'; did you mean 'sport'\?"):
-        data.check_labels(rows, LABELS, "f")
+        data.check_labels(rows, Task(labels=LABELS), "f")
     with pytest.raises(DataError, match="name the field"):
-        data.check_labels([Row("a")], LABELS, "f")
-    data.check_labels([Row("a")], (), "f")
+        data.check_labels([Row("a")], Task(labels=LABELS), "f")
+    data.check_labels([Row("a")], Task(), "f")
 
 
 def test_the_split_is_stable_and_holds_back_a_fifth():
