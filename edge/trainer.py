@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,17 +12,26 @@ from numpy.typing import NDArray
 
 from edge import slots
 from edge.adamw import AdamW
+from edge.corrections import Control, pull_back
 from edge.data import Prompter, Row, evaluation_batches, training_batches
 from edge.session import (
+    PLAIN,
     Artifact,
     Backend,
     Batch,
     EvaluateSession,
     FloatArrays,
     Resident,
+    Terms,
     TrainSession,
 )
 from edge.statistics import RoutingSums, Score
+from protocol import names
+from protocol.objective import Objective
+
+CONTROL = "scaffold."
+"""Before the name of a tensor: its control variate, in a lease's adapter (c), an update (change of c_i) and on the
+device (c_i)."""
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +55,21 @@ class Job:
     learning_rate: float
     router_learning_rate: float
     seed: int
+    objective: Objective = Objective()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the work gave. Without training, before and after are the same, and `adapter` is empty."""
+    """What the work gave. Without training, before and after are the same, and `adapter` is empty.
 
-    adapter: FloatArrays  # global names, trained experts
+    Attributes
+    ----------
+    control : `scaffold.<name>` -> change of this device's control variate, to be sent
+    kept : what stays on the device for its next lease: personal lora_B and output scales under their names, control
+        variates as `scaffold.<name>`
+    """
+
+    adapter: FloatArrays  # global names, trained experts, what the objective sends
     stats: FloatArrays  # [L, E]
     tokens: int
     steps: int
@@ -61,6 +78,45 @@ class Result:
     after: tuple[float, float]
     held_back_rows: int
     missed_mass: tuple[float, ...]
+    control: FloatArrays = field(default_factory=dict)
+    kept: FloatArrays = field(default_factory=dict)
+
+
+def terms_of(objective: Objective) -> Terms:
+    """The part of an objective that is inside a program's graph."""
+    return Terms(
+        label_smoothing=objective.label_smoothing,
+        balance=objective.balance,
+        target_balance=objective.target_balance,
+        z_loss=objective.z_loss,
+        cap=objective.cap,
+        cap_where=objective.cap_where,
+        active=objective.active,
+    )
+
+
+def trained_names(job: Job, parameters: Mapping[str, object]) -> list[str]:
+    """Those of a session's parameters that the lease trains."""
+    wanted = [n for n in slots.names_of(job.trained, parameters) if job.objective.trains(n)]
+    if job.objective.output_scale:
+        scales = {names.output_scale(layer) for layer in job.resident}
+        wanted += [n for n in parameters if n in scales]
+    return wanted
+
+
+def with_kept(adapter: FloatArrays, kept: FloatArrays, objective: Objective) -> FloatArrays:
+    """A lease's adapter with what this device keeps to itself: its lora_B (`personal`), its output scales.
+
+    A factor that was kept for a slot of another rank is of no use: the adapter's own stays.
+    """
+    mine = dict(adapter)
+    for name, value in kept.items():
+        if objective.personal and name.endswith(".lora_B") and name in adapter:
+            if value.shape == adapter[name].shape:
+                mine[name] = value
+        if objective.output_scale and name.endswith(".output_scale"):
+            mine[name] = value
+    return mine
 
 
 def evaluate(
@@ -88,8 +144,13 @@ def train(
     job: Job,
     sums: RoutingSums,
     check: Callable[[], None],
+    control: Control | None = None,
 ) -> tuple[float, float]:
     """Step through `batches`, changing the session's parameters; returns the first and the last loss.
+
+    Parameters
+    ----------
+    control : SCAFFOLD's control variates, which take part in every step; None without
 
     Raises
     ------
@@ -97,7 +158,11 @@ def train(
         When the loss or a gradient is no longer finite.
     """
     parameters = session.parameters()
-    wanted = slots.names_of(job.trained, parameters)
+    wanted = trained_names(job, parameters)
+    prox, terms = job.objective.prox, terms_of(job.objective)
+    start = {n: parameters[n].copy() for n in wanted} if prox else {}
+    # Backends that know no terms yet still train plainly.
+    step: Callable[..., tuple[float, dict[int, NDArray[np.float32]]]] = session.forward_backward
     optimizer = AdamW(
         {
             name: job.router_learning_rate if ".router." in name else job.learning_rate
@@ -109,8 +174,14 @@ def train(
         check()
         if not batch.weights.any():
             continue  # rows too short to hold an answer: the loss would be 0 / 0
-        loss, routed = session.forward_backward(batch)
+        loss, routed = step(batch) if terms == PLAIN else step(batch, terms)
         gradients = session.gradients()
+        if prox or control is not None:
+            gradients = {n: gradients[n].copy() for n in wanted}
+        if prox:
+            pull_back(gradients, parameters, start, prox)
+        if control is not None:
+            control.correct(gradients)
         norm = optimizer.step(parameters, gradients)
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise TrainingError(f"step {len(losses) + 1}: loss {loss}, gradient norm {norm}")
@@ -130,6 +201,8 @@ def work(
     train_rows: list[Row],
     held_back: list[Row],
     check: Callable[[], None],
+    shared: FloatArrays | None = None,
+    kept: FloatArrays | None = None,
 ) -> Result:
     """Do what the lease asks for.
 
@@ -137,13 +210,17 @@ def work(
     ----------
     adapter : global names, what the slots start from
     check : called between batches; raises `Abandoned` to stop
+    shared : what else came with the lease's adapter: `scaffold.<name>`
+    kept : `Result.kept` of former leases, the newest of each name
 
     Notes
     -----
     Statistics describe the adapter that every device starts from. Selection needs more tokens than a few held-back
     rows hold, so that profiling also looks at as many training rows; accuracy never does.
     """
-    base = artifact.base
+    base, objective = artifact.base, job.objective
+    shared, kept = shared or {}, kept or {}
+    adapter = with_kept(adapter, kept, objective)
     first = None if prompts.verbaliser is None else prompts.verbaliser.first
     sums = RoutingSums(base.moe_layers, base.num_experts, job.resident)
     reader = backend.open_evaluate(artifact, job.resident)
@@ -158,18 +235,28 @@ def work(
     finally:
         reader.close()
     after, losses, steps, tensors = before, (before.loss, before.loss), 0, {}
+    changes: FloatArrays = {}
+    keep: FloatArrays = {}
     if job.work == "train":
         rng = np.random.default_rng(job.seed)
         session = backend.open_train(artifact, job.resident)
         try:
             session.load(adapter)
             data = training_batches(prompts, train_rows, job.steps, rng)
-            losses = train(session, data, job, sums, check)
+            sent = [n for n in slots.names_of(job.trained, adapter) if objective.sends(n)]
+            control = _control(sent, adapter, shared, kept) if objective.scaffold else None
+            losses = train(session, data, job, sums, check, control)
             after_training = {n: value.copy() for n, value in session.parameters().items()}
         finally:
             session.close()
         steps = job.steps
-        tensors = {n: after_training[n] for n in slots.names_of(job.trained, after_training)}
+        tensors = {n: after_training[n] for n in sent}
+        trained = trained_names(job, after_training)
+        keep = {n: after_training[n] for n in trained if not objective.sends(n)}
+        if control is not None:
+            own, moved = control.renewed()
+            keep |= {CONTROL + n: value for n, value in own.items()}
+            changes = {CONTROL + n: value for n, value in moved.items()}
         reader = backend.open_evaluate(artifact, job.resident)
         try:
             after = evaluate(
@@ -187,4 +274,18 @@ def work(
         after=(after.loss, after.accuracy),
         held_back_rows=len(held_back),
         missed_mass=sums.missed_mass(),
+        control=changes,
+        kept=keep,
     )
+
+
+def _control(
+    sent: list[str], adapter: FloatArrays, shared: FloatArrays, kept: FloatArrays
+) -> Control:
+    """The control variates of what is sent, as far as their shape still is that of the slot."""
+
+    def fitting(found: FloatArrays) -> FloatArrays:
+        named = {n: found[CONTROL + n] for n in sent if CONTROL + n in found}
+        return {n: value for n, value in named.items() if value.shape == adapter[n].shape}
+
+    return Control(sent, fitting(shared), fitting(kept))

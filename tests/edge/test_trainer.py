@@ -9,6 +9,7 @@ from edge import slots, trainer
 from edge.data import Row, prompter
 from edge.session import LayerStats, load_backend
 from protocol.messages import Task
+from protocol.objective import Objective
 
 RESIDENT = {0: (5, 0, 3, 2), 1: (4, 1, 2)}
 TRAINED = {0: (0, 3), 1: ()}  # expert 2 of layer 0 sits in a slot that cannot train
@@ -169,3 +170,55 @@ def test_frozen_experts_stay_bit_identical_in_torch(artifact, setting):
         for name, value in values.items():
             assert (value == adapter[name]).all() == (name not in result.adapter), name
         seen["close"]()
+
+
+@pytest.mark.parametrize("factors", ["lora_A", "lora_B"])
+def test_one_factor_is_trained_and_sent(artifact, setting, factors):
+    fake = Fake(artifact)
+    result = run(fake, artifact, setting, objective=Objective(factors=factors))
+    other = {"lora_A": "lora_B", "lora_B": "lora_A"}[factors]
+    assert len(result.adapter) == 2 * 3
+    assert not any(n.endswith(other) for n in result.adapter)
+    assert not any(v.any() for n, v in fake.values.items() if n.endswith(other))
+    assert result.kept == {}
+
+
+def test_a_personal_factor_stays_and_is_used_again(artifact, setting):
+    fake = Fake(artifact)
+    prompts, rows, adapter, job = setting
+    job = dataclasses.replace(job, objective=Objective(personal=True))
+    once = trainer.work(fake, artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None)
+    assert sorted(once.kept) == [
+        n for n in sorted(slots.names_of(TRAINED, fake.values)) if n.endswith("lora_B")
+    ]
+    assert not set(once.kept) & set(once.adapter)
+    stale = {"layers.0.experts.0.down.lora_B": np.ones((32, 2), np.float32)}  # of a smaller slot
+    other = {"layers.1.experts.5.down.lora_B": np.ones((32, 4), np.float32)}  # not resident now
+    kept = {**once.kept, **stale, **other}
+    again = trainer.work(
+        fake, artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None, kept=kept
+    )
+    for name, value in again.kept.items():
+        begun = 0 if name in stale else 1
+        np.testing.assert_allclose(value, -0.3 * (1 + begun), rtol=1e-3, err_msg=name)
+    for name, value in again.adapter.items():  # these started from the adapter again
+        np.testing.assert_array_equal(value, once.adapter[name])
+
+
+def test_control_variates_come_and_go(artifact, setting):
+    fake = Fake(artifact)
+    prompts, rows, adapter, job = setting
+    job = dataclasses.replace(job, objective=Objective(scaffold=True))
+    name = "layers.0.router.3"
+    shared = {f"scaffold.{name}": np.full_like(adapter[name], -1)}
+    kept = {f"scaffold.{name}": np.full_like(adapter[name], 0.25)}
+    result = trainer.work(
+        fake, artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None, shared, kept
+    )
+    assert set(result.control) == {f"scaffold.{n}" for n in result.adapter}
+    assert set(result.kept) == set(result.control)
+    np.testing.assert_array_equal(result.kept[f"scaffold.{name}"], 1)  # the raw gradient
+    np.testing.assert_array_equal(result.control[f"scaffold.{name}"], 0.75)
+    # 1 - 1 - 0.25 < 0: this row goes up, the others, uncorrected, down.
+    assert (result.adapter[name] > 0).all()
+    assert (result.adapter["layers.0.router.0"] < 0).all()
