@@ -180,6 +180,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         logits = x @ (self.rows + delta).t()
         if run.train:
             logits = self._capped(logits, run)
+        if self.closed is not None:
+            logits = logits.index_fill(1, torch.tensor([self.closed]), MASKED)
         g = logits.softmax(-1)
         weight, slot = g.topk(min(self.top_k, len(self.ids)), -1)
         if 0 < run.terms.active < weight.shape[1]:
@@ -220,7 +222,11 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         cap = run.terms.cap
         if not 0 < cap < len(self.ids):
             return logits
-        mass = (logits.detach().softmax(-1) * run.valid[:, None]).sum(0)
+        g = logits.detach().softmax(-1)
+        tokens = run.valid.sum()
+        mass = (g * run.valid[:, None]).sum(0) / tokens
+        if run.terms.cap_where == "backward":
+            mass = _printed_score(g, run.valid, mass)
         kept = torch.zeros(len(self.ids), dtype=torch.bool)
         kept[mass.topk(max(cap, min(self.top_k, len(self.ids)))).indices] = True
         if run.terms.cap_where == "both":
@@ -286,6 +292,7 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
 
     layer: int = 0
     kept: Tensor | None = None
+    closed: int | None = None  # a slot that gets no token: what is it worth?
 
 
 @dataclass
@@ -421,6 +428,11 @@ class RoutedSession:
                 self.hidden(batch, terms, train=False, statistics=False)
             )
 
+    def free_run(self) -> None:
+        """Let the model be called as it is: every place counts, nothing is noted down."""
+        for block in self.body.blocks.values():
+            block.run = Run(torch.ones(1), PLAIN, False, False, None)
+
     def forward_backward(
         self, batch: Batch, terms: Terms = PLAIN
     ) -> tuple[float, dict[int, NDArray[np.float32]]]:
@@ -486,6 +498,13 @@ class RoutedSession:
     def close(self) -> None:
         """See `TrainSession`."""
         self._values = {}
+
+
+def _printed_score(g: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
+    """HFedMoE's score of a batch (arXiv 2601.00583, eq 3-5, 10-11, 14), lambda 0.5, beta 0.1; [P]."""
+    there = valid > 0
+    kl = (g[there] * (g[there].clamp_min(1e-30) / mean.clamp_min(1e-30)).log()).mean(0)
+    return 0.5 * mean + 0.5 * g[there].amax(0) - 0.1 * kl
 
 
 def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
