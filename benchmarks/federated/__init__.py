@@ -1,1 +1,1 @@
-"""The scoreboard: methods of federated MoE fine-tuning on real text, at equal memory, bytes and effort."""
+"""The scoreboard: federated methods on real text, measured on the global model and on each device."""
