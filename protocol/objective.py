@@ -29,6 +29,8 @@ class Objective:
     cap_where : "both": the others get no token; "backward": as HFedMoE prints it, they only get no gradient
     active : experts per token, at most the base's k; 0: k (FLAME, FFT-MoE)
     output_scale : learn one factor per layer on the experts' output; it stays on the device (FLAME)
+    factors : LoRA factors that are trained and sent (FFA-LoRA, alternation)
+    personal : lora_B is trained but stays on the device for its next lease; only lora_A is sent (FedSA-LoRA)
     """
 
     label_smoothing: float = 0.0
@@ -43,6 +45,8 @@ class Objective:
     cap_where: Literal["both", "backward"] = "both"
     active: int = 0
     output_scale: bool = False
+    factors: Literal["both", "lora_A", "lora_B"] = "both"
+    personal: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
