@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from protocol import names, update
 from protocol.manifest import BaseIndex
 from protocol.messages import Lease
+from protocol.names import Factor
+from protocol.objective import Objective
 from protocol.tensors import TensorError
 from protocol.update import Facts
 
@@ -42,6 +44,17 @@ class Accepted:
         return self.stats["trained_tokens"]
 
 
+def factors_sent(objective: Objective) -> tuple[Factor, ...]:
+    """LoRA factors of an update under this objective.
+
+    >>> factors_sent(Objective(factors="lora_B")), factors_sent(Objective(personal=True))
+    (('lora_B',), ('lora_A',))
+    """
+    if objective.personal:
+        return ("lora_A",)
+    return names.FACTORS if objective.factors == "both" else (objective.factors,)
+
+
 def expected_shapes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every adapter tensor of an update for `lease`.
 
@@ -60,8 +73,9 @@ def expected_shapes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> dict[str,
                 raise UpdateRejected(f"expert {expert} of layer {layer} is in a frozen slot")
             for projection in base.projections:
                 out, into = base.features(projection)
-                shapes[names.lora(int(layer), expert, projection, "lora_A")] = (rank, into)
-                shapes[names.lora(int(layer), expert, projection, "lora_B")] = (out, rank)
+                whole = {"lora_A": (rank, into), "lora_B": (out, rank)}
+                for factor in factors_sent(lease.objective):
+                    shapes[names.lora(int(layer), expert, projection, factor)] = whole[factor]
             shapes[names.router_row(int(layer), expert)] = (base.hidden,)
     return shapes
 

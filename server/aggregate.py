@@ -1,115 +1,78 @@
 """Accepted updates -> the next global adapter. Pure: arrays in, arrays out.
 
-Letters: K contributors of a key, R rank of the run, r <= R rank of a contribution, I input and O output features.
+    weights      who counts for an expert, and with what share; the rest belongs to the old value
+    lora_rules   the factors of one expert and projection        gate_rules   the router rows of one layer
+    robust       what to do about devices that disagree or lie   rules        which of all this a run uses
 
-Every key has its own weights: a device counts for an expert with the tokens that trained that expert there. A small
-prior mass `a_0` stands for the old value, so that a lone contributor does not simply overwrite it. LoRA factors must
-not be averaged on their own (mean(B) mean(A) is not mean(BA)); the default rule aggregates the products and projects
-them back to rank R by a QR core, which never forms the O x I matrix.
-
-A device whose slot has rank r < R got the first r rows of A and columns of B and knows nothing of the rest. Its
-contribution stands for what it trained plus the rest as it was, B_k A_k + B[:, r:] A[r:]: it votes for the old tail
-instead of erasing it.
+Experts are done one after the other, so memory stays at one update plus the running sums; rules that need all holders
+at once ("svd", "flex", "stack", the robust ones, diagnostics) hold the factors of one projection of one expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol import names
+from server import gate_rules, lora_rules, robust, weights
+from server.contribution import Contribution, Key
+from server.lora_rules import Array, Factors, Floats
+from server.rules import Rules
+from server.weights import Members
 
-Floats = NDArray[np.float64]
-Array = NDArray[np.float32]
-FRESH_NORM = 1 / np.sqrt(3.0)  # norm of a row of `lora.fresh_a`
 # An activation stands between the factors of an adapter expert: they are averaged one by one.
 NOT_A_PRODUCT = ("adapter",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contribution:
-    """One accepted update. `weights` maps (layer id, expert id) to the tokens that trained it.
-
-    Factors are [r, I] and [O, r], r <= R; each expert may have its own r.
-    """
-
-    device: str
-    tensors: Mapping[str, NDArray[np.float32]]
-    weights: Mapping[tuple[int, int], float]
+PRODUCTS = ("svd", "flex", "stack")
+# Factors that a rule lets in; what else arrives is ignored.
+SHARED = {"ffa": ("lora_B",), "fedsa": ("lora_A",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregated:
-    """The new adapter and what the history says about it."""
+    """The new adapter, and what the history says about it.
+
+    Attributes
+    ----------
+    prior_mass : a_0 of the round
+    tail_mean, tail_max : share of the squared product beyond rank R that was cut off, over experts and projections
+    tail : the largest of an expert
+    residual : norm of what plain factor averaging would have got wrong in an expert, see `lora_rules.bias`
+    moved : norm of the average change of its products
+    holders : devices that counted for it
+    gate_drift : device -> mean KL of the new gate against its own, over the experts it holds, nats
+    consistency : device -> r(c), the share of all used experts that it uses (HFedMoE eq 18), mean of the layers
+    alpha : device -> its weight in the importance gate (eq 20, normalised), mean of the layers
+    """
 
     adapter: dict[str, Array]
     prior_mass: float
-    tail_mean: float  # share of the squared product beyond rank R that was cut off
-    tail_max: float
+    tail_mean: float = 0.0
+    tail_max: float = 0.0
+    tail: dict[Key, float] = field(default_factory=dict)
+    residual: dict[Key, float] = field(default_factory=dict)
+    moved: dict[Key, float] = field(default_factory=dict)
+    holders: dict[Key, int] = field(default_factory=dict)
+    gate_drift: dict[str, float] = field(default_factory=dict)
+    consistency: dict[str, float] = field(default_factory=dict)
+    alpha: dict[str, float] = field(default_factory=dict)
 
-
-def reproject(
-    left: Sequence[NDArray[np.floating]], right: Sequence[NDArray[np.floating]], rank: int
-) -> tuple[Floats, Floats, float]:
-    """Best rank-R factors of `sum_k left_k @ right_k`.
-
-    Parameters
-    ----------
-    left : K arrays [O, R_k], weights already multiplied in
-    right : K arrays [R_k, I]
-
-    Returns
-    -------
-    a : [R, I], orthogonal rows with the norm of a fresh A, so that directions of no weight yet stay trainable; its
-        first r rows, with the first r columns of `b`, are the best factors of rank r
-    b : [O, R], columns of falling norm
-    tail : squared singular values beyond R over all of them
-
-    Examples
-    --------
-    >>> a, b, tail = reproject([np.array([[2.0], [0.0]])], [np.array([[0.0, 3.0]])], 1)
-    >>> (b @ a).round(6).tolist(), tail
-    ([[0.0, 6.0], [0.0, 0.0]], 0.0)
-    """
-    q_left, r_left = np.linalg.qr(np.concatenate(left, axis=1, dtype=np.float64))
-    q_right, r_right = np.linalg.qr(np.concatenate(right, axis=0, dtype=np.float64).T)
-    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=True)
-    k = min(rank, len(s))
-    total = float((s**2).sum())
-    tail = float((s[k:] ** 2).sum()) / total if total > 0 else 0.0
-    # `vt` is square: rows beyond len(s) are directions with singular value 0.
-    a = np.zeros((rank, q_right.shape[0]))
-    rows = min(rank, vt.shape[0])
-    a[:rows] = FRESH_NORM * (vt[:rows] @ q_right.T)
-    b = np.zeros((q_left.shape[0], rank))
-    b[:, :k] = (q_left @ u[:, :k]) * (s[:k] / FRESH_NORM)
-    return a, b, tail
-
-
-def centred(rows: Mapping[int, Floats]) -> dict[int, Floats]:
-    """Changes of router rows less their mean over the device's rows of the layer.
-
-    Softmax does not see a common shift, but Adam produces one; devices with different experts would mix theirs in.
-
-    >>> {e: r.tolist() for e, r in centred({0: np.array([1.0]), 5: np.array([3.0])}).items()}
-    {0: [-1.0], 5: [1.0]}
-    """
-    if not rows:
-        return {}
-    mean = sum(rows[e] for e in sorted(rows)) / len(rows)
-    return {e: np.asarray(row - mean) for e, row in rows.items()}
+    @property
+    def bias(self) -> dict[Key, float]:
+        """Residual as a share of the change, of the experts that changed."""
+        return {k: r / self.moved[k] for k, r in self.residual.items() if self.moved[k] > 0}
 
 
 def aggregate(
     adapter: Mapping[str, Array],
     contributions: Sequence[Contribution],
     projections: Sequence[str],
+    rules: Rules | None = None,
     *,
-    rule: str = "svd",
-    prior: float = 0.05,
+    routers: Mapping[int, NDArray[np.floating]] | None = None,
+    diagnose: bool = True,
 ) -> Aggregated:
     """Fold the contributions of one round into the adapter.
 
@@ -118,96 +81,301 @@ def aggregate(
     adapter : all global names -> float32
     contributions : any order; the result does not depend on it
     projections : of an expert of this base
-    rule : "svd" | "factors"
-        "factors" takes plain weighted means of A and of B (FedIT), and so do adapter experts under either rule.
-    prior : float >= 0
-        Prior mass as a share of the median total mass of the experts trained in this round.
+    rules : default `Rules()`
+    routers : layer -> rows of the base [E, d], for the drift of the gates; without them that of the changes is given
+    diagnose : also find residuals and drifts, about as much work again
 
     Returns
     -------
     Aggregated
-        Experts and rows that nobody trained keep the very same arrays.
+        Experts and rows that nobody trained keep the very same arrays, and so do factors that nobody sent. Under
+        "stack" the factors of trained experts have as many rows as the ranks sum to, see `lora_rules.stack`.
     """
+    rules = rules or Rules()
     ordered = sorted(contributions, key=lambda c: c.device)
-    holders: dict[tuple[int, int], list[tuple[Contribution, float]]] = {}
-    for c in ordered:
-        for key, weight in c.weights.items():
-            if weight > 0:
-                holders.setdefault(key, []).append((c, float(weight)))
-    if not holders:
-        return Aggregated(adapter=dict(adapter), prior_mass=0.0, tail_mean=0.0, tail_max=0.0)
-    a_0 = prior * float(np.median([sum(w for _, w in holders[key]) for key in sorted(holders)]))
-    shifts = {c.device: _router_shifts(adapter, c) for c in ordered}
+    members_of, prior_mass = weights.shares(ordered, rules)
     new = dict(adapter)
-    tails: list[float] = []
-    for layer, expert in sorted(holders):
-        members = holders[layer, expert]
-        total = a_0 + sum(w for _, w in members)
-        parts = [(c, w / total) for c, w in members]
-        for projection in projections:
-            key_a = names.lora(layer, expert, projection, "lora_A")
-            key_b = names.lora(layer, expert, projection, "lora_B")
-            if rule == "factors" or projection in NOT_A_PRODUCT:
-                new[key_a], new[key_b] = _mean(adapter, key_a, parts), _mean(adapter, key_b, parts)
-                continue
-            new[key_a], new[key_b], tail = _product(adapter, key_a, key_b, parts)
-            tails.append(tail)
-        row = names.router_row(layer, expert)
-        moved = sum(w * shifts[c.device][layer][expert] for c, w in parts)
-        new[row] = (adapter[row] + moved).astype(np.float32)
+    tails: dict[Key, list[float]] = {}
+    residual: dict[Key, float] = {}
+    moved: dict[Key, float] = {}
+    for layer in sorted({layer for layer, _ in members_of}):
+        here = {key: members for key, members in members_of.items() if key[0] == layer}
+        if rules.clip > 0:
+            here = _clipped(adapter, here, projections, rules.clip)
+        for key, members in here.items():
+            tails[key] = [
+                tail
+                for projection in projections
+                for tail in [_projection(new, adapter, key, projection, members, rules)]
+                if tail is not None
+            ]
+            if diagnose:
+                residual[key], moved[key] = _bias(adapter, key, projections, members)
+    gate = _Gate.of(adapter, ordered, members_of, rules)
+    for layer in gate.layers:
+        new |= gate.rows(layer)
+    flat = [tail for key in tails for tail in tails[key]]
     return Aggregated(
         adapter=new,
-        prior_mass=a_0,
-        tail_mean=float(np.mean(tails)) if tails else 0.0,
-        tail_max=max(tails, default=0.0),
+        prior_mass=prior_mass,
+        tail_mean=float(np.mean(flat)) if flat else 0.0,
+        tail_max=max(flat, default=0.0),
+        tail={key: max(found) for key, found in tails.items() if found},
+        residual=residual,
+        moved=moved,
+        holders={key: len(members) for key, members in members_of.items()},
+        gate_drift=gate.drift(new, routers or {}) if diagnose else {},
+        consistency=gate.consistency,
+        alpha=gate.alpha,
     )
 
 
-def _mean(
-    adapter: Mapping[str, Array], key: str, parts: Sequence[tuple[Contribution, float]]
-) -> Array:
-    """Weighted mean of a factor; what lies beyond a contribution's rank counts as unchanged."""
-    old = adapter[key].astype(np.float64)
-    moved = np.zeros_like(old)
-    for c, w in parts:
-        value = c.tensors[key]
-        mine = tuple(slice(n) for n in value.shape)
-        moved[mine] += w * (value - old[mine])
-    return np.asarray(old + moved, np.float32)
+def _keys(key: Key, projection: str) -> tuple[str, str]:
+    a, b = (names.lora(*key, projection, factor) for factor in names.FACTORS)
+    return a, b
 
 
-def _product(
+def _projection(
+    new: dict[str, Array],
     adapter: Mapping[str, Array],
-    key_a: str,
-    key_b: str,
-    parts: Sequence[tuple[Contribution, float]],
-) -> tuple[Array, Array, float]:
-    old_a, old_b = adapter[key_a], adapter[key_b].astype(np.float64)
-    rank = old_a.shape[0]
-    left = [w * c.tensors[key_b].astype(np.float64) for c, w in parts]
-    right = [c.tensors[key_a] for c, _ in parts]
-    # How much of each of the old product's R terms stays: the prior's share, and the share of all who did not have it.
-    stays = np.full(rank, max(0.0, 1.0 - sum(w for _, w in parts)))
-    for c, w in parts:
-        stays[c.tensors[key_a].shape[0] :] += w
-    kept = stays > 0
-    if kept.any() and old_b.any():
-        left.append(stays[kept] * old_b[:, kept])
-        right.append(old_a[kept])
-    if sum(len(a) for a in right) < rank:
-        # Too few directions for R rows: the old ones are kept, with no weight, so that they stay trainable.
-        left.append(np.zeros_like(old_b))
-        right.append(old_a)
-    a, b, tail = reproject(left, right, rank)
-    return a.astype(np.float32), b.astype(np.float32), tail
+    key: Key,
+    projection: str,
+    members: Members,
+    rules: Rules,
+) -> float | None:
+    """Set the factors of one projection of one expert; the energy that was cut off, if it was a product."""
+    shared = SHARED.get(rules.lora, names.FACTORS)
+    key_a, key_b = _keys(key, projection)
+    sent = [
+        name
+        for name, factor in zip((key_a, key_b), names.FACTORS, strict=True)
+        if factor in shared and any(name in c.tensors for c, _ in members)
+    ]
+    if not sent:
+        return None
+    if rules.copy_single and len(members) == 1:
+        for name in sent:
+            new[name] = _copied(adapter[name], members[0][0].tensors[name])
+        return None
+    damp = {name: _damping(adapter[name], name, members, rules) for name in sent}
+    guarded = rules.robust != "mean" and len(members) >= robust.ENOUGH
+    product = rules.lora in PRODUCTS and projection not in NOT_A_PRODUCT
+    if guarded or not product:
+        for name in sent:
+            old = adapter[name]
+            values = (
+                (_damped(old, c.tensors[name], damp[name]), w)
+                for c, w in members
+                if name in c.tensors
+            )
+            if guarded:
+                new[name] = robust.robust_mean(old, list(values), rules.robust)
+            else:
+                new[name] = lora_rules.mean(old, values)
+        if not product or rules.lora == "stack":
+            return None
+        # Devices of low rank are given the first rows: they have to be the best ones.
+        best_a, best_b, tail = lora_rules.reproject([new[key_b]], [new[key_a]], len(new[key_a]))
+        new[key_a], new[key_b] = best_a.astype(np.float32), best_b.astype(np.float32)
+        return tail
+    old_a, old_b = adapter[key_a], adapter[key_b]
+    holders: list[Factors] = []
+    for c, w in members:
+        a, b = _both(adapter, c, key_a, key_b)
+        holders.append((_damped(old_a, a, damp.get(key_a)), _damped(old_b, b, damp.get(key_b)), w))
+    if rules.lora == "stack":
+        new[key_a], new[key_b] = lora_rules.stack(old_a, old_b, holders)
+        return 0.0
+    new[key_a], new[key_b], tail = lora_rules.product(
+        old_a, old_b, holders, tail_vote=rules.lora == "svd"
+    )
+    return tail
 
 
-def _router_shifts(adapter: Mapping[str, Array], c: Contribution) -> dict[int, dict[int, Floats]]:
-    """layer -> expert -> centred change of the router row since the lease."""
-    moved: dict[int, dict[int, Floats]] = {}
-    for key, value in c.tensors.items():
-        name = names.parse(key)
-        if name is not None and name.projection is None:
-            change = value.astype(np.float64) - adapter[key]
-            moved.setdefault(name.layer, {})[name.expert] = change
-    return {layer: centred(rows) for layer, rows in moved.items()}
+def _both(
+    adapter: Mapping[str, Array], c: Contribution, key_a: str, key_b: str
+) -> tuple[Array, Array]:
+    """Both factors of a holder; the one that it did not send is the adapter's, at its rank."""
+    a, b = c.tensors.get(key_a), c.tensors.get(key_b)
+    if a is None:
+        a = adapter[key_a] if b is None else adapter[key_a][: b.shape[1]]
+    if b is None:
+        b = adapter[key_b][:, : a.shape[0]]
+    return a, b
+
+
+def _copied(old: Array, value: Array) -> Array:
+    if value.shape == old.shape:
+        return np.array(value, np.float32)
+    new = np.array(old)
+    new[tuple(slice(n) for n in value.shape)] = value
+    return new
+
+
+def _damping(old: Array, name: str, members: Members, rules: Rules) -> Floats | None:
+    if rules.sign_conflict == "off" or len(members) < 2:
+        return None
+    changes = (
+        (c.tensors[name].astype(np.float64) - _part(old, c.tensors[name]), w)
+        for c, w in members
+        if name in c.tensors
+    )
+    return robust.damping(robust.consensus(changes, old.shape), rules.sign_conflict)
+
+
+def _part(old: NDArray[np.floating], value: NDArray[np.floating]) -> NDArray[np.floating]:
+    return old[tuple(slice(n) for n in value.shape)]
+
+
+def _damped(old: Array, value: NDArray[np.floating], damp: Floats | None) -> NDArray[np.floating]:
+    if damp is None:
+        return value
+    start = _part(old, value)
+    return start + _part(damp, value) * (value - start)
+
+
+def _bias(
+    adapter: Mapping[str, Array], key: Key, projections: Sequence[str], members: Members
+) -> tuple[float, float]:
+    """Norms over the projections of an expert, see `lora_rules.bias`."""
+    found = []
+    for projection in projections:
+        if projection not in NOT_A_PRODUCT:
+            key_a, key_b = _keys(key, projection)
+            holders = [(*_both(adapter, c, key_a, key_b), w) for c, w in members]
+            found.append(lora_rules.bias(adapter[key_a], adapter[key_b], holders))
+    residual, moved = np.sqrt(np.square(found).sum(0)) if found else (0.0, 0.0)
+    return float(residual), float(moved)
+
+
+def _clipped(
+    adapter: Mapping[str, Array],
+    members_of: Mapping[Key, Members],
+    projections: Sequence[str],
+    times: float,
+) -> dict[Key, Members]:
+    """Members of the experts of a layer, with the share of what is too large cut down.
+
+    To scale a change down is to give part of its share to the old value. Where fewer than 3 hold an expert, the median
+    of all changes in the layer is the measure.
+    """
+    norms = {
+        key: [_change_norm(adapter, key, projections, c) for c, _ in members]
+        for key, members in members_of.items()
+    }
+    flat = [norm for key in norms for norm in norms[key]]
+    middle = float(np.median(flat)) if len(flat) >= robust.ENOUGH else 0.0
+    clipped: dict[Key, Members] = {}
+    for key, members in members_of.items():
+        factors = robust.clip_factors(norms[key], times, fallback=middle)
+        clipped[key] = [(c, f * w) for f, (c, w) in zip(factors, members, strict=True)]
+    return clipped
+
+
+def _change_norm(
+    adapter: Mapping[str, Array], key: Key, projections: Sequence[str], c: Contribution
+) -> float:
+    squared = 0.0
+    for projection in projections:
+        key_a, key_b = _keys(key, projection)
+        a, b = _both(adapter, c, key_a, key_b)
+        old_a, old_b = _part(adapter[key_a], a), _part(adapter[key_b], b)
+        if projection in NOT_A_PRODUCT:
+            squared += float(np.square(a - old_a).sum() + np.square(b - old_b).sum())
+        else:
+            squared += lora_rules.product_norm([b, -old_b], [a, old_a]) ** 2
+    return float(np.sqrt(squared))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gate:
+    """The router rows of a round."""
+
+    adapter: Mapping[str, Array]
+    contributions: Sequence[Contribution]
+    rules: Rules
+    sent: Mapping[str, Mapping[int, Sequence[int]]]  # device -> layer -> experts
+    shares: Mapping[str, Mapping[int, Mapping[int, float]]]  # device -> layer -> expert -> share
+    layers: Sequence[int]
+    alphas: Mapping[int, Mapping[str, float]]
+    consistency: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        adapter: Mapping[str, Array],
+        contributions: Sequence[Contribution],
+        members_of: Mapping[Key, Members],
+        rules: Rules,
+    ) -> _Gate:
+        shares: dict[str, dict[int, dict[int, float]]] = {c.device: {} for c in contributions}
+        for (layer, expert), members in members_of.items():
+            for c, w in members:
+                shares[c.device].setdefault(layer, {})[expert] = w
+        layers = sorted({layer for layer, _ in members_of})
+        alphas, seen = {}, {}
+        for layer in layers:
+            used = {device: of.get(layer, {}) for device, of in shares.items()}
+            alphas[layer], seen[layer] = gate_rules.importance_shares(layer, contributions, used)
+        return cls(
+            adapter=adapter,
+            contributions=contributions,
+            rules=rules,
+            sent={c.device: gate_rules.sent_rows(c) for c in contributions},
+            shares=shares,
+            layers=layers,
+            alphas=alphas,
+            consistency=_mean_of_layers(seen),
+        )
+
+    @property
+    def alpha(self) -> dict[str, float]:
+        return _mean_of_layers(self.alphas)
+
+    def _shares(self, layer: int, c: Contribution) -> Mapping[int, float]:
+        """Expert -> share of the device in its row."""
+        sent = self.sent[c.device].get(layer, ())
+        if self.rules.gate == "importance":
+            return dict.fromkeys(sent, self.alphas[layer][c.device])
+        if self.rules.gate == "mean":
+            total = sum(weights.data_size(other, self.rules) for other in self.contributions)
+            size = weights.data_size(c, self.rules)
+            return dict.fromkeys(sent, size / total if total > 0 else 0.0)
+        return self.shares[c.device].get(layer, {})
+
+    def rows(self, layer: int) -> dict[str, Array]:
+        """New rows of a layer."""
+        if self.rules.gate == "frozen":
+            return {}
+        centre = gate_rules.centred if self.rules.gate == "rows" else dict
+        moved = (
+            (centre(self._changes(layer, c)), self._shares(layer, c)) for c in self.contributions
+        )
+        return gate_rules.combine(
+            self.adapter, layer, moved, clip=self.rules.clip, kind=self.rules.robust
+        )
+
+    def _changes(self, layer: int, c: Contribution) -> dict[int, Floats]:
+        return gate_rules.changes(self.adapter, layer, c, self.sent[c.device].get(layer, ()))
+
+    def drift(
+        self, new: Mapping[str, Array], routers: Mapping[int, NDArray[np.floating]]
+    ) -> dict[str, float]:
+        """Device -> mean KL of the new gate against its own."""
+        found: dict[str, float] = {}
+        for c in self.contributions:
+            drifts = []
+            for layer, experts in self.sent[c.device].items():
+                keys = [names.router_row(layer, e) for e in experts]
+                base = routers[layer][list(experts)] if layer in routers else 0.0
+                ours = np.stack([new[k] for k in keys]) + base
+                theirs = np.stack([c.tensors[k] for k in keys]) + base
+                drifts.append(gate_rules.drift(ours, theirs))
+            if drifts:
+                found[c.device] = float(np.mean(drifts))
+        return found
+
+
+def _mean_of_layers(values: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    devices = sorted({device for of in values.values() for device in of})
+    return {d: float(np.mean([of[d] for of in values.values()])) for d in devices}

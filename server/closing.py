@@ -10,18 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex
-from server import adapters, expert_values, fft_adapter, peft_adapter
-from server.aggregate import Aggregated, Contribution, aggregate
+from server import adapters, contribution, expert_values, fft_adapter, peft_adapter
+from server.aggregate import Aggregated, aggregate
 from server.artifacts import Artifacts
 from server.expert_values import Floats
+from server.rules import Rules
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reported:
-    """One accepted update: its file and the tokens behind its statistics."""
+    """One accepted update: its file, the tokens behind its statistics, the device's training rows."""
 
     path: Path
     tokens: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ def fold(
     trained_counts: NDArray[np.int64] | None,
     adapter: Mapping[str, NDArray[np.float32]],
     beta: float,
-    rule: str,
-    prior: float,
+    rules: Rules,
+    routers: Mapping[int, NDArray[np.floating]] | None = None,
 ) -> Folded:
     """Fold the updates of one round, memory-mapped, into `adapter` and into the expert values.
 
@@ -50,6 +52,7 @@ def fold(
     ----------
     updates : device -> accepted update
     values, trained_counts : as they were before the round
+    routers : layer -> router rows of the base, for the drift of the gates
     """
     counts = np.zeros((len(base.moe_layers), base.num_experts), np.int64)
     if trained_counts is not None:
@@ -65,14 +68,20 @@ def fold(
             smoothed[device] = expert_values.smooth(values.get(device), new)
         tokens = stats["trained_tokens"]
         counts += tokens > 0
-        weights = {
-            (base.moe_layers[i], int(e)): float(tokens[i, e])
-            for i, e in zip(*np.nonzero(tokens), strict=True)
-        }
-        contributions.append(Contribution(device=device, tensors=tensors, weights=weights))
+        contributions.append(
+            contribution.from_stats(
+                device,
+                tensors,
+                stats,
+                base.moe_layers,
+                top_k=base.top_k,
+                rows=updates[device].rows,
+                blend=rules.gate_blend,
+            )
+        )
     aggregated = None
-    if any(c.weights for c in contributions):
-        aggregated = aggregate(adapter, contributions, base.projections, rule=rule, prior=prior)
+    if any(c.trained_tokens for c in contributions):
+        aggregated = aggregate(adapter, contributions, base.projections, rules, routers=routers)
     return Folded(aggregated=aggregated, values=smoothed, trained_counts=counts)
 
 

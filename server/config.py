@@ -8,17 +8,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from protocol import schema
 from protocol.chunks import CHUNK_BYTES
 from protocol.messages import Task
 from server.broker import KINDS
+from server.rules import Gate, Lora, Members, Robust, Rules, SignConflict, Weighting
 
 _EXAMPLE = """example:
   python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
   (task.json: {"template": "Text: {text}\\nTopic:", "labels": ["sports", "music"]})"""
-RULES = ("svd", "factors")
 
 
 class ConfigError(ValueError):
@@ -46,8 +46,19 @@ class Config:
     min_devices: int = 1
     deadline: float = 600.0
     per_round: int = 0
-    aggregate: str = "svd"
+    aggregate: Lora = "svd"
+    gate: Gate = "rows"
+    members: Members = "trained"
+    weighting: Weighting = "tokens"
+    temperature: float = 1.0
+    tau: float = 0.0
     prior: float = 0.05
+    copy_single: bool = False
+    staleness: float = 0.5
+    clip: float = 0.0
+    sign_conflict: SignConflict = "off"
+    robust: Robust = "mean"
+    gate_blend: float = 0.5
     seed: int = 0
     beta: float = 0.1
     exploration: float = 0.1
@@ -56,6 +67,12 @@ class Config:
     upload_budget: int = 64 << 20
     require_token: bool = False
     exit_when_done: bool = False
+
+    @property
+    def rules(self) -> Rules:
+        """How updates are combined; raises ValueError for a value out of its range."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(Rules) if f.name != "lora"}
+        return Rules(lora=self.aggregate, **chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,8 +119,20 @@ def _parser() -> argparse.ArgumentParser:
     flag("min_devices", "devices to wait for before the first round")
     flag("deadline", "seconds a round may take", metavar="SECONDS")
     flag("per_round", "devices drawn per training round, 0 for all", metavar="N")
-    flag("aggregate", "how LoRA factors are combined", choices=RULES, metavar=None)
+    flag("aggregate", "how LoRA factors are combined", choices=get_args(Lora), metavar=None)
+    flag("gate", "how router rows are combined", choices=get_args(Gate), metavar=None)
+    flag("members", "who counts for an expert", choices=get_args(Members), metavar=None)
+    flag("weighting", "what a device's data is", choices=get_args(Weighting), metavar=None)
+    flag("temperature", "power of the share of tokens that trained an expert")
+    flag("tau", "least mean router probability of those who count for an expert")
     flag("prior", "prior mass of the old value, share of the median mass")
+    flag("copy_single", "copy an expert that one device trained as it is")
+    flag("staleness", "power of 1 / (1 + age of an update in rounds)")
+    flag("clip", "changes of at most so many median norms, 0 for any")
+    conflict = "coordinates on whose sign devices disagree"
+    flag("sign_conflict", conflict, choices=get_args(SignConflict), metavar=None)
+    flag("robust", "mean of 3 or more holders", choices=get_args(Robust), metavar=None)
+    flag("gate_blend", "share of mean against peak in the importance of an expert for the gate")
     flag("seed", "of device sampling and of the leases")
     flag("beta", "weight of redundancy against relevance")
     flag("exploration", "bonus for experts that were rarely trained")
@@ -146,7 +175,6 @@ def check(config: Config) -> Config:
         "min_devices": (1, 10**6),
         "deadline": (0.1, 10**7),
         "per_round": (0, 10**6),
-        "prior": (0, 100),
         "seed": (0, 2**62),
         "beta": (0, 100),
         "exploration": (0, 100),
@@ -159,6 +187,15 @@ def check(config: Config) -> Config:
         if not low <= value <= high:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {value} found, {low} to {high} wanted")
+    try:
+        rules = config.rules
+    except ValueError as error:
+        raise ConfigError(f"--{error}".replace("_", "-")) from error
+    if rules.lora == "stack":
+        raise ConfigError(
+            "--aggregate stack: stacked products have to be merged into the weights, and the experts of a store are "
+            "quantised and fixed; svd or flex wanted"
+        )
     return config
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex, Shape
 from protocol.messages import Lease
+from protocol.objective import Objective
 from server import adapters, choose_experts, expert_values
 from server.choose_experts import Chosen
 from server.expert_values import Floats
@@ -31,6 +32,7 @@ class Terms:
     seed: int
     exploration: float
     coverage: float
+    objective: Objective = Objective()
 
 
 def lease_id(run: str, round: int, device: str, attempt: int) -> str:
@@ -118,6 +120,7 @@ def write_leases(
             learning_rate=terms.learning_rate,
             router_learning_rate=terms.router_learning_rate,
             seed=int(seed.generate_state(1)[0]),
+            objective=terms.objective,
             seconds=terms.deadline,
             nonce=secrets.token_hex(8),
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from protocol.manifest import ManifestError, Shape
 from protocol.messages import Lease
+from protocol.objective import Objective
 from server import adapters, closing, leases, views
 from server.artifacts import Artifacts
 from server.config import Config
@@ -86,6 +87,7 @@ class Turns:
             seed=c.seed,
             exploration=c.exploration,
             coverage=c.coverage,
+            objective=c.rules.objective(Objective(), command.round),
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
@@ -116,7 +118,9 @@ class Turns:
             closing.fold,
             {
                 d: closing.Reported(
-                    path=self._delivery.path(r.lease.lease), tokens=r.facts.tokens if r.facts else 0
+                    path=self._delivery.path(r.lease.lease),
+                    tokens=r.facts.tokens if r.facts else 0,
+                    rows=r.facts.rows if r.facts else 0,
                 )
                 for d, r in accepted.items()
             },
@@ -125,8 +129,8 @@ class Turns:
             trained_counts=self._store.trained_counts(),
             adapter=adapters.read_version(self._adapters, version),
             beta=self._config.beta,
-            rule=self._config.aggregate,
-            prior=self._config.prior,
+            rules=self._config.rules,
+            routers=self._artifacts.routers(),
         )
         if folded.aggregated is not None:
             version += 1

@@ -1,0 +1,210 @@
+"""How the LoRA factors of one expert and projection are combined. Pure: arrays in, arrays out.
+
+Letters: K holders, R rank of the adapter, r <= R rank of a holder, I input and O output features. A is [R, I], B is
+[O, R]; shares w_k of the holders and the share of the old value sum to 1.
+
+LoRA factors must not be averaged on their own: mean(B) mean(A) is not mean(BA), see `bias`. The default rule averages
+the products and projects them back to rank R by a QR core, which never forms the O x I matrix.
+
+A device whose slot has rank r < R got the first r rows of A and columns of B and knows nothing of the rest. Its
+contribution stands for what it trained plus the rest as it was, B_k A_k + B[:, r:] A[r:]: it votes for the old tail
+instead of erasing it. FlexLoRA pads with zeros instead (`tail_vote=False`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol import lora
+
+Floats = NDArray[np.float64]
+Array = NDArray[np.float32]
+Factors = tuple[NDArray[np.floating], NDArray[np.floating], float]
+"""A [r, I], B [O, r] and share of one holder."""
+FRESH_NORM = 1 / np.sqrt(3.0)  # norm of a row of `lora.fresh_a`
+
+
+def reproject(
+    left: Sequence[NDArray[np.floating]], right: Sequence[NDArray[np.floating]], rank: int
+) -> tuple[Floats, Floats, float]:
+    """Best rank-R factors of `sum_k left_k @ right_k`.
+
+    Parameters
+    ----------
+    left : K arrays [O, R_k], weights already multiplied in
+    right : K arrays [R_k, I]
+
+    Returns
+    -------
+    a : [R, I], orthogonal rows with the norm of a fresh A, so that directions of no weight yet stay trainable; its
+        first r rows, with the first r columns of `b`, are the best factors of rank r
+    b : [O, R], columns of falling norm
+    tail : squared singular values beyond R over all of them
+
+    Examples
+    --------
+    >>> a, b, tail = reproject([np.array([[2.0], [0.0]])], [np.array([[0.0, 3.0]])], 1)
+    >>> (b @ a).round(6).tolist(), tail
+    ([[0.0, 6.0], [0.0, 0.0]], 0.0)
+    """
+    q_left, r_left = np.linalg.qr(np.concatenate(left, axis=1, dtype=np.float64))
+    q_right, r_right = np.linalg.qr(np.concatenate(right, axis=0, dtype=np.float64).T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=True)
+    k = min(rank, len(s))
+    total = float((s**2).sum())
+    tail = float((s[k:] ** 2).sum()) / total if total > 0 else 0.0
+    # `vt` is square: rows beyond len(s) are directions with singular value 0.
+    a = np.zeros((rank, q_right.shape[0]))
+    rows = min(rank, vt.shape[0])
+    a[:rows] = FRESH_NORM * (vt[:rows] @ q_right.T)
+    b = np.zeros((q_left.shape[0], rank))
+    b[:, :k] = (q_left @ u[:, :k]) * (s[:k] / FRESH_NORM)
+    return a, b, tail
+
+
+def mean(old: Array, values: Iterable[tuple[NDArray[np.floating], float]]) -> Array:
+    """Weighted mean of one factor or row; what lies beyond a value's rank counts as unchanged.
+
+    Parameters
+    ----------
+    old : the adapter's
+    values : (value, share), consumed once: memory stays at one value plus the running sum
+
+    Examples
+    --------
+    >>> mean(np.zeros((2, 1), np.float32), [(np.full((2, 1), 4.0), 0.5), (np.full((1, 1), 8.0), 0.25)]).tolist()
+    [[4.0], [2.0]]
+    """
+    wide = old.astype(np.float64)
+    moved = np.zeros_like(wide)
+    for value, share in values:
+        mine = tuple(slice(n) for n in value.shape)
+        moved[mine] += share * (value - wide[mine])
+    return np.asarray(wide + moved, np.float32)
+
+
+def terms(
+    old_a: Array, old_b: Array, holders: Sequence[Factors], *, tail_vote: bool = True
+) -> tuple[list[NDArray[np.floating]], list[NDArray[np.floating]]]:
+    """The new product as a sum: `sum_k w_k B_k A_k` and what stays of the old product.
+
+    Returns
+    -------
+    left : arrays [O, n], shares multiplied in
+    right : arrays [n, I]
+    """
+    wide_b = old_b.astype(np.float64)
+    left: list[NDArray[np.floating]] = [w * b.astype(np.float64) for _, b, w in holders]
+    right = [a for a, _, _ in holders]
+    # How much of each of the old product's R terms stays: the prior's share, and that of all who did not have it.
+    stays = np.full(old_a.shape[0], max(0.0, 1.0 - sum(w for _, _, w in holders)))
+    for a, _, w in holders if tail_vote else ():
+        stays[a.shape[0] :] += w
+    kept = stays > 0
+    if kept.any() and wide_b.any():
+        left.append(stays[kept] * wide_b[:, kept])
+        right.append(old_a[kept])
+    return left, right
+
+
+def product(
+    old_a: Array, old_b: Array, holders: Sequence[Factors], *, tail_vote: bool = True
+) -> tuple[Array, Array, float]:
+    """Average of the products, projected back to rank R; also the share of the squared product that was cut off."""
+    rank = old_a.shape[0]
+    left, right = terms(old_a, old_b, holders, tail_vote=tail_vote)
+    if sum(len(a) for a in right) < rank:
+        # Too few directions for R rows: the old ones are kept, with no weight, so that they stay trainable.
+        left.append(np.zeros(old_b.shape))
+        right.append(old_a)
+    a, b, tail = reproject(left, right, rank)
+    return a.astype(np.float32), b.astype(np.float32), tail
+
+
+def stack(old_a: Array, old_b: Array, holders: Sequence[Factors]) -> tuple[Array, Array]:
+    """Factors laid side by side: B A is the average of the products exactly, for any ranks (FLoRA, arXiv 2409.05976).
+
+    The rank of the result is the sum of the ranks. FLoRA merges it into the weights and starts from fresh factors in
+    the next round (`merge`). That takes weights that can be changed: not a device's 4-bit experts, nor a store's blobs,
+    which are quantised and addressed by their content. So only simulations use it.
+
+    Examples
+    --------
+    >>> one, two = (np.ones((1, 2)), np.ones((1, 1)), 0.5), (np.eye(2), np.ones((1, 2)), 0.5)
+    >>> a, b = stack(np.zeros((2, 2), np.float32), np.zeros((1, 2), np.float32), [one, two])
+    >>> a.shape, (b @ a).tolist()
+    ((3, 2), [[1.0, 1.0]])
+    """
+    left, right = terms(old_a, old_b, holders)
+    return (
+        np.concatenate(right, axis=0).astype(np.float32),
+        np.concatenate(left, axis=1).astype(np.float32),
+    )
+
+
+def merge(
+    dense: MutableMapping[tuple[int, int, str], Array],
+    stacked: Mapping[tuple[int, int, str], tuple[Array, Array]],
+) -> None:
+    """Add stacked products, with LoRA's scale, to dense changes of weights, in place.
+
+    Parameters
+    ----------
+    dense : (layer, expert, projection) -> change to the weight, [O, I]; an absent one counts as zero
+    stacked : the same keys -> (A [n, I], B [O, n])
+    """
+    for key, (a, b) in stacked.items():
+        change = lora.delta(a, b)
+        dense[key] = change if key not in dense else dense[key] + change
+
+
+def product_norm(
+    left: Sequence[NDArray[np.floating]], right: Sequence[NDArray[np.floating]]
+) -> float:
+    """Frobenius norm of `sum_k left_k @ right_k` by Gram matrices, without the O x I matrix.
+
+    Good to about 1e-8 of the largest term, because it takes a root of a difference.
+
+    >>> product_norm([np.array([[3.0], [0.0]])], [np.array([[0.0, 2.0]])])
+    6.0
+    """
+    wide_left = np.concatenate(left, axis=1, dtype=np.float64)
+    wide_right = np.concatenate(right, axis=0, dtype=np.float64)
+    squared = float(((wide_left.T @ wide_left) * (wide_right @ wide_right.T)).sum())
+    return float(np.sqrt(max(squared, 0.0)))
+
+
+def bias(old_a: Array, old_b: Array, holders: Sequence[Factors]) -> tuple[float, float]:
+    """What plain factor averaging would get wrong, and how far the products themselves move.
+
+    `sum_k w_k B_k A_k - Bbar Abar = sum_k w_k (B_k - Bbar)(A_k - Abar)`, exactly, where the old factors count as a
+    holder with the remaining share. It is zero for equal factors, and for rules that train only one of them.
+
+    Returns
+    -------
+    residual : Frobenius norm of that sum
+    update : Frobenius norm of `sum_k w_k B_k A_k` less the old product
+    """
+    wide_a, wide_b = old_a.astype(np.float64), old_b.astype(np.float64)
+    whole = [
+        (
+            np.concatenate([a, wide_a[len(a) :]], axis=0),
+            np.concatenate([b, wide_b[:, len(a) :]], axis=1),
+            w,
+        )
+        for a, b, w in holders
+    ]
+    update = product_norm(
+        [*(w * b for _, b, w in whole), -sum(w for _, _, w in whole) * wide_b],
+        [*(a for a, _, _ in whole), wide_a],
+    )
+    whole.append((wide_a, wide_b, max(0.0, 1.0 - sum(w for _, _, w in whole))))
+    mean_a: Floats = np.sum([w * a for a, _, w in whole], axis=0)
+    mean_b: Floats = np.sum([w * b for _, b, w in whole], axis=0)
+    residual = product_norm(
+        [w * (b - mean_b) for _, b, w in whole], [a - mean_a for a, _, _ in whole]
+    )
+    return residual, update
