@@ -7,7 +7,7 @@ routing. Letters: L MoE layers, E experts per layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,3 +104,46 @@ def _filled(found: Floats, partial: Floats, known: NDArray[np.bool_]) -> Floats:
     even = ~known / np.maximum((~known).sum(-1, keepdims=True), 1)
     share = np.divide(rest, total, out=np.asarray(even, np.float64), where=total > 0)
     return np.where(known, partial, left * share)
+
+
+def complete(
+    known: Mapping[str, Floats],
+    devices: Sequence[str],
+    rows: Mapping[str, float],
+    prior: Floats,
+    *,
+    initial: str,
+    seed: int,
+) -> dict[str, Floats]:
+    """Statistics of all devices of a run; they have one task in common.
+
+    Parameters
+    ----------
+    known : device -> [L, E], of those that have reported
+    devices : who needs them
+    rows : device -> rows of data
+    prior : [L, E]
+    initial : where those of a device come from that never reported: "profile" asks its peers, "prior" the base,
+        "random" draws them from `seed` and the device's name, the same in every round
+
+    Returns
+    -------
+    device -> [L, E], of `known` and `devices`
+
+    Examples
+    --------
+    >>> found = complete({"a": np.array([[0.9, 0.1]])}, ["a", "b"], {"a": 7}, np.array([[0.5, 0.5]]),
+    ...                  initial="profile", seed=0)
+    >>> found["b"].tolist()
+    [[0.9, 0.1]]
+    """
+    peers = {d: Peer(statistics=v, rows=rows.get(d, 0)) for d, v in known.items()}
+    found = dict(known)
+    for device in sorted(set(devices) - set(known)):
+        if initial == "random":
+            rng = np.random.default_rng([seed, *device.encode()])
+            found[device] = rng.dirichlet(np.ones(prior.shape[1]), prior.shape[0])
+        else:
+            task = "" if initial == "profile" else None
+            found[device] = predict(peers, prior, task=task).statistics
+    return found
