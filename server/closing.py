@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex
-from server import adapters, contribution, expert_values, fft_adapter, peft_adapter
+from server import (
+    adapters,
+    contribution,
+    expert_values,
+    fft_adapter,
+    peft_adapter,
+    similarity,
+)
 from server.aggregate import Aggregated, aggregate
 from server.artifacts import Artifacts
 from server.expert_values import Floats
@@ -33,6 +40,7 @@ class Folded:
     aggregated: Aggregated | None
     values: dict[str, Floats]  # smoothed, of the devices that reported
     trained_counts: NDArray[np.int64]
+    activations: dict[str, Floats]  # of the devices that reported
 
 
 def fold(
@@ -58,6 +66,7 @@ def fold(
     if trained_counts is not None:
         counts += trained_counts
     smoothed: dict[str, Floats] = {}
+    activations: dict[str, Floats] = {}
     contributions = []
     for device in sorted(updates):
         tensors = adapters.map_tensors(updates[device].path)
@@ -66,6 +75,7 @@ def fold(
         if updates[device].tokens > 0:
             new = expert_values.values(stats, beta)
             smoothed[device] = expert_values.smooth(values.get(device), new)
+            activations[device] = similarity.activation(stats)
         tokens = stats["trained_tokens"]
         counts += tokens > 0
         contributions.append(
@@ -82,7 +92,33 @@ def fold(
     aggregated = None
     if any(c.trained_tokens for c in contributions):
         aggregated = aggregate(adapter, contributions, base.projections, rules, routers=routers)
-    return Folded(aggregated=aggregated, values=smoothed, trained_counts=counts)
+    return Folded(
+        aggregated=aggregated, values=smoothed, trained_counts=counts, activations=activations
+    )
+
+
+def expert_versions(
+    former: NDArray[np.int64] | None,
+    before: NDArray[np.int64] | None,
+    after: NDArray[np.int64],
+    version: int,
+) -> NDArray[np.int64]:
+    """Adapter version that last changed each expert, [L, E].
+
+    Parameters
+    ----------
+    former : the same before the round; None before the first
+    before, after : [L, E], training counts before and after it
+    version : what the round made
+
+    Examples
+    --------
+    >>> expert_versions(np.array([[1, 0]]), np.array([[1, 0]]), np.array([[1, 2]]), 2).tolist()
+    [[1, 2]]
+    """
+    zero = np.zeros_like(after)
+    trained = after > (zero if before is None else before)
+    return np.where(trained, version, zero if former is None else former)
 
 
 def write_version(

@@ -19,6 +19,8 @@ from server.rules import Gate, Lora, Members, Robust, Rules, SignConflict, Weigh
 _EXAMPLE = """example:
   python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
   (task.json: {"template": "Text: {text}\\nTopic:", "labels": ["sports", "music"]})"""
+INITIAL = ("profile", "prior", "random")
+STRUCTURES = ("none", "freeze", "retry")
 
 
 class ConfigError(ValueError):
@@ -63,6 +65,12 @@ class Config:
     beta: float = 0.1
     exploration: float = 0.1
     coverage: float = 0.5
+    initial: str = "profile"
+    reprofile: int = 10
+    structure: str = "none"
+    patience: int = 3
+    similar: int = 3
+    head_room: float = 0.75
     chunk_bytes: int = CHUNK_BYTES
     upload_budget: int = 64 << 20
     require_token: bool = False
@@ -137,6 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     flag("beta", "weight of redundancy against relevance")
     flag("exploration", "bonus for experts that were rarely trained")
     flag("coverage", "share of slots for the experts with the fewest holders")
+    flag("initial", "first choice by: profiling, the base, chance", choices=INITIAL, metavar=None)
+    flag("reprofile", "training rounds until all devices profile again, 0 for never", metavar="N")
+    flag(
+        "structure",
+        "grow and shrink what each device trains; after a failed change: freeze or retry",
+        choices=STRUCTURES,
+        metavar=None,
+    )
+    flag("patience", "turns without a better score before --structure changes a device")
+    flag("similar", "devices whose sub-models it goes by", metavar="N")
+    flag("head_room", "share of its trainable slots that a device begins with under --structure")
     flag("chunk_bytes", "bytes of an update per message")
     flag("upload_budget", "bytes of uploads under way at a time")
     flag("require_token", "serve blobs only to registered devices")
@@ -179,6 +198,10 @@ def check(config: Config) -> Config:
         "beta": (0, 100),
         "exploration": (0, 100),
         "coverage": (0, 1),
+        "reprofile": (0, 10**6),
+        "patience": (1, 10**6),
+        "similar": (1, 10**6),
+        "head_room": (0.01, 1),
         "chunk_bytes": (256, 200 << 10),  # our own broker takes packets of 256 KiB
         "upload_budget": (1, 2**40),
     }

@@ -18,6 +18,7 @@ from server import adapters, choose_experts, expert_values
 from server.choose_experts import Chosen
 from server.expert_values import Floats
 from server.rounds import OpenRound
+from server.structure import Held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +69,6 @@ def select(
     if trained_counts is not None and command.work == "train":
         bonus = expert_values.exploration_bonus(trained_counts, command.round, terms.exploration)
         value = {device: v + bonus for device, v in value.items()}
-    held = {
-        device: [list(lease.resident.get(str(layer), ())) for layer in base.moe_layers]
-        for device, lease in former.items()
-    }
     return choose_experts.choose(
         value,
         {device: shape.slots for device, shape in shapes.items()},
@@ -79,8 +76,16 @@ def select(
         # The last round only measures: every device holds what is best for itself.
         coverage=0.0 if command.work == "evaluate" else terms.coverage,
         seed=terms.seed,
-        former=held,
+        former=holdings(former, base),
     )
+
+
+def holdings(former: Mapping[str, Lease], base: BaseIndex) -> dict[str, Chosen]:
+    """What the devices hold by their last leases, in slot order."""
+    return {
+        device: [list(lease.resident.get(str(layer), ())) for layer in base.moe_layers]
+        for device, lease in former.items()
+    }
 
 
 def write_leases(
@@ -93,8 +98,14 @@ def write_leases(
     version: int,
     adapter_folder: Path,
     blob_folder: Path,
+    held: Mapping[str, Held] | None = None,
 ) -> dict[str, Lease]:
-    """Make the leases of a round; slices of adapter `version` are written to `blob_folder`."""
+    """Make the leases of a round; slices of adapter `version` are written to `blob_folder`.
+
+    Parameters
+    ----------
+    held : device -> its sub-model; such a device trains nothing else, others train all that can be
+    """
     adapter = adapters.read_version(adapter_folder, version)
     train = command.work == "train"
     leases: dict[str, Lease] = {}
@@ -105,6 +116,9 @@ def write_leases(
             layer: tuple(e for e in held if rank_of[int(layer), e])
             for layer, held in resident.items()
         }
+        if held is not None and device in held:
+            mine = dict(zip(map(str, base.moe_layers), held[device], strict=True))
+            trained = {k: tuple(e for e in ids if e in mine[k]) for k, ids in trained.items()}
         seed = np.random.SeedSequence([terms.seed, command.round, *device.encode()])
         leases[device] = Lease(
             lease=lease_id(terms.run, command.round, device, 1),

@@ -31,11 +31,19 @@ class Plan:
     per_round: int = 0  # 0: every idle device
     gather: float = GATHER
     seed: int = 0
+    first: int = 0  # 1: without the round that profiles
+    reprofile: int = 0  # training rounds between two that profile, 0: only the first does
+
+    @property
+    def last(self) -> int:
+        """The round that evaluates."""
+        again = (self.rounds - 1) // self.reprofile if self.reprofile and self.rounds else 0
+        return self.rounds + again + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where the run is. Round 0 profiles, 1 to `plan.rounds` train, the one after that evaluates."""
+    """Where the run is: a round for profiling, those for training, one for evaluation; see `work_of`."""
 
     plan: Plan
     round: int = 0
@@ -141,15 +149,22 @@ class SendOver:
 Command = OpenRound | SendLease | CloseRound | SendOver
 
 
-def work_of(round: int, rounds: int) -> Work:
+def work_of(round: int, plan: Plan) -> Work:
     """What a round is for.
 
-    >>> [work_of(r, 2) for r in range(4)]
+    Every `plan.reprofile` training rounds all devices profile again, also those that were not drawn for long. In
+    between, the statistics that come with the training updates of a round serve the choice of the next: stale by one
+    round, but free (arXiv 2508.19078).
+
+    >>> [work_of(r, Plan(rounds=2)) for r in range(4)]
     ['profile', 'train', 'train', 'evaluate']
+    >>> [work_of(r, Plan(rounds=3, reprofile=2)) for r in range(6)]
+    ['profile', 'train', 'train', 'profile', 'train', 'evaluate']
     """
-    if round == 0:
-        return "profile"
-    return "train" if round <= rounds else "evaluate"
+    if round >= plan.last:
+        return "evaluate"
+    every = plan.reprofile + 1 if plan.reprofile else plan.last
+    return "train" if round % every else "profile"
 
 
 def step(state: State, event: Event) -> tuple[State, list[Command]]:
@@ -217,14 +232,14 @@ def _closed(state: State, now: float) -> tuple[State, list[Command]]:
         rejected=nobody,
         since=now,
     )
-    if state.round > state.plan.rounds + 1:
+    if state.round > state.plan.last:
         return replace(state, phase="over"), [SendOver()]
     return state, []
 
 
 def _advance(state: State, now: float) -> tuple[State, list[Command]]:
     """Open or close a round when its time has come."""
-    plan, work = state.plan, work_of(state.round, state.plan.rounds)
+    plan, work = state.plan, work_of(state.round, state.plan)
     if state.phase == "waiting" and _may_open(state, now):
         devices = _participants(state, work)
         opened = OpenRound(round=state.round, work=work, devices=devices)
@@ -242,7 +257,7 @@ def _advance(state: State, now: float) -> tuple[State, list[Command]]:
 
 
 def _may_open(state: State, now: float) -> bool:
-    if state.round == 0:
+    if state.round == state.plan.first:
         return len(state.idle) >= max(1, state.plan.min_devices)
     if len(state.idle) < max(1, state.plan.min_updates):
         return False

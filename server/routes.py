@@ -132,6 +132,11 @@ async def status(request: web.Request) -> web.Response:
     return web.json_response(request.app[RUN].status())
 
 
+async def experts(request: web.Request) -> web.Response:
+    """Which device holds which experts, and how old they are."""
+    return web.json_response(request.app[RUN].experts())
+
+
 async def history(request: web.Request) -> web.Response:
     """Closed rounds, one JSON line each."""
     text = "".join(f"{line}\n" for line in request.app[RUN].store.history())
@@ -145,5 +150,6 @@ ROUTES = [
     web.get("/v1/artifacts/{profile}", artifact),
     web.get("/v1/blobs/{sha256}", blob),
     web.get("/v1/run", status),
+    web.get("/v1/experts", experts),
     web.get("/v1/history", history),
 ]

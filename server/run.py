@@ -87,8 +87,11 @@ class Run:
             deadline=c.deadline,
             per_round=c.per_round,
             seed=c.seed,
+            first=0 if c.initial == "profile" else 1,
+            reprofile=c.reprofile if c.initial == "profile" else 0,
         )
-        state = rounds.State(plan=plan, round=self.store.number("round"), since=now)
+        round = max(plan.first, self.store.number("round"))
+        state = rounds.State(plan=plan, round=round, since=now)
         phase = self.store.get("phase")
         if phase == "over":
             self.over.set()
@@ -256,4 +259,15 @@ class Run:
             accepted=self.store.accepted(),
             uploading=self._delivery.devices(),
             rejected=[*self.store.rejections(), *self._malformed],
+        )
+
+    def experts(self) -> dict[str, Any]:
+        """GET /v1/experts."""
+        return views.expert_map(
+            run=self.store.run,
+            version=self.version,
+            versions=self.store.expert_versions(),
+            leases=self.store.last_leases(),
+            structures=self._turns.stage_two.states(),
+            base=self.artifacts.base,
         )

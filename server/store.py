@@ -10,7 +10,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ CREATE INDEX IF NOT EXISTS leases_round ON leases (round);
 CREATE TABLE IF NOT EXISTS rejections (round INTEGER NOT NULL, device TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS history (round INTEGER PRIMARY KEY, line TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS counts (id INTEGER PRIMARY KEY CHECK (id = 0), trained BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS experts (id INTEGER PRIMARY KEY CHECK (id = 0), version BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS activations (device TEXT PRIMARY KEY, activation BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS structures (device TEXT PRIMARY KEY, state TEXT NOT NULL);
 """
 
 
@@ -182,10 +185,29 @@ class Store:
         row = self._db.execute("SELECT trained FROM counts").fetchone()
         return None if row is None else tensors.decode(row[0])["trained"]
 
+    def expert_versions(self) -> NDArray[np.int64] | None:
+        """Adapter version that last changed each expert, [L, E]; None before the first."""
+        row = self._db.execute("SELECT version FROM experts").fetchone()
+        return None if row is None else tensors.decode(row[0])["version"]
+
+    def activations(self) -> dict[str, NDArray[np.float64]]:
+        """Each device's newest activation matrix [L, E], see `similarity.activation`."""
+        rows = self._db.execute("SELECT device, activation FROM activations")
+        return {row[0]: tensors.decode(row[1])["activation"] for row in rows}
+
+    def structures(self) -> dict[str, str]:
+        """Each device's sub-model as JSON, see `structure.from_json`."""
+        return dict(self._db.execute("SELECT device, state FROM structures").fetchall())
+
     # Rounds
 
-    def open_round(self, round: int, leases: Iterable[tuple[str, Lease]]) -> None:
-        """Make a round and its leases count."""
+    def open_round(
+        self,
+        round: int,
+        leases: Iterable[tuple[str, Lease]],
+        structures: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a round, its leases and the sub-models that they begin count."""
         inserts: list[tuple[str, tuple[Any, ...]]] = [
             (
                 "INSERT INTO leases (lease, round, device, message, state) VALUES (?, ?, ?, ?, 'open')",
@@ -194,7 +216,11 @@ class Store:
             for device, lease in leases
         ]
         self._many(
-            *inserts, _put("round", round), _put("phase", "open"), _put("opened", time.time())
+            *inserts,
+            *_structures(structures),
+            _put("round", round),
+            _put("phase", "open"),
+            _put("opened", time.time()),
         )
 
     def leases(self, round: int) -> dict[str, LeaseRow]:
@@ -262,6 +288,9 @@ class Store:
         values: dict[str, NDArray[np.float64]],
         trained: NDArray[np.int64],
         over: bool,
+        activations: Mapping[str, NDArray[np.float64]] | None = None,
+        expert_versions: NDArray[np.int64] | None = None,
+        structures: Mapping[str, str] | None = None,
     ) -> None:
         """Make the result of a round count: version, statistics, history, end of its leases; all or nothing."""
         scores: list[tuple[str, tuple[Any, ...]]] = [
@@ -271,8 +300,19 @@ class Store:
             )
             for device, v in values.items()
         ]
+        scores += [
+            (
+                "INSERT OR REPLACE INTO activations VALUES (?, ?)",
+                (device, tensors.encode({"activation": a})),
+            )
+            for device, a in (activations or {}).items()
+        ]
+        if expert_versions is not None:
+            blob = tensors.encode({"version": expert_versions})
+            scores.append(("INSERT OR REPLACE INTO experts VALUES (0, ?)", (blob,)))
         self._many(
             *scores,
+            *_structures(structures),
             (
                 "INSERT OR REPLACE INTO counts VALUES (0, ?)",
                 (tensors.encode({"trained": trained}),),
@@ -306,6 +346,11 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _structures(states: Mapping[str, str] | None) -> list[tuple[str, tuple[Any, ...]]]:
+    sql = "INSERT OR REPLACE INTO structures VALUES (?, ?)"
+    return [(sql, (device, state)) for device, state in (states or {}).items()]
 
 
 def _put(key: str, value: str | int | float) -> tuple[str, tuple[Any, ...]]:

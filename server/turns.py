@@ -11,14 +11,17 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
+
 from protocol.manifest import ManifestError, Shape
 from protocol.messages import Lease
 from protocol.objective import Objective
-from server import adapters, closing, leases, views
+from server import adapters, closing, leases, prediction, stage_two, submodels, views
 from server.artifacts import Artifacts
 from server.config import Config
 from server.delivery import Delivery
 from server.rounds import CloseRound, OpenRound
+from server.stage_two import StageTwo
 from server.store import StateError, Store
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class Turns:
     Raises
     ------
     StateError
-        The adapter in the state has a lower rank than slots of the store.
+        The adapter in the state has a lower rank than slots of the store, or a sub-model cannot be read.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Turns:
         self._config, self._artifacts, self._store = config, artifacts, store
         self._delivery, self._blobs = delivery, blobs
         self._adapters = config.state / "adapters"
+        self.stage_two = StageTwo(config, artifacts.base, store)
         self._check_rank()
 
     def _check_rank(self) -> None:
@@ -92,9 +96,19 @@ class Turns:
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
         former = self._store.last_leases()
+        values = prediction.complete(
+            values,
+            list(shapes),
+            {name: device.rows for name, device in self._store.devices().items()},
+            np.asarray(base.routing_prior, np.float64),
+            initial=c.initial,
+            seed=c.seed,
+        )
         chosen = await asyncio.to_thread(
             leases.select, command, shapes, values, counts, former, base, terms
         )
+        states = self.stage_two.begun(command.work, chosen, shapes)
+        chosen = submodels.pin(chosen, shapes, states, leases.holdings(former, base))
         made = await asyncio.to_thread(
             leases.write_leases,
             command,
@@ -105,8 +119,9 @@ class Turns:
             version=self._version,
             adapter_folder=self._adapters,
             blob_folder=self._blobs,
+            held={device: state.held for device, state in states.items()},
         )
-        self._store.open_round(command.round, made.items())
+        self._store.open_round(command.round, made.items(), stage_two.stored(states))
         log.info("round=%d %s opened: %d devices", command.round, command.work, len(made))
         return made
 
@@ -114,6 +129,7 @@ class Turns:
         """Fold what was accepted into the next version and make it count."""
         rows, version = self._store.leases(command.round), self._version
         accepted = {d: r for d, r in rows.items() if r.state == "accepted"}
+        before = self._store.trained_counts()
         folded = await asyncio.to_thread(
             closing.fold,
             {
@@ -125,8 +141,9 @@ class Turns:
                 for d, r in accepted.items()
             },
             base=self._artifacts.base,
-            values=self._store.values(),
-            trained_counts=self._store.trained_counts(),
+            # Profiling begins anew: former values describe an adapter of long ago.
+            values=self._store.values() if command.work != "profile" else {},
+            trained_counts=before,
             adapter=adapters.read_version(self._adapters, version),
             beta=self._config.beta,
             rules=self._config.rules,
@@ -142,6 +159,11 @@ class Turns:
                 self._artifacts,
                 self._config.base_name,
             )
+        states, changes = self.stage_two.changed(
+            accepted if command.work == "train" else {},
+            folded.activations,
+            self.shapes(list(accepted)),
+        )
         line = views.history_line(
             round=command.round,
             work=command.work,
@@ -153,6 +175,7 @@ class Turns:
             rejected=self._store.rejections(command.round),
             aggregated=folded.aggregated,
             base=self._artifacts.base,
+            changes=changes,
         )
         self._store.close_round(
             command.round,
@@ -161,6 +184,11 @@ class Turns:
             folded.values,
             folded.trained_counts,
             over=command.work == "evaluate",
+            activations=folded.activations,
+            expert_versions=closing.expert_versions(
+                self._store.expert_versions(), before, folded.trained_counts, version
+            ),
+            structures=stage_two.stored(states),
         )
         self._tidy(command.round)
         log.info(

@@ -6,11 +6,17 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from protocol import schema
 from protocol.manifest import BaseIndex, Shape, Slot
+from protocol.messages import Lease
 from server.aggregate import Aggregated
 from server.rounds import State, work_of
 from server.store import Device, LeaseRow
+from server.structure import Change
+from server.structure import State as Structure
 
 
 def coverage(leases: Mapping[str, LeaseRow], base: BaseIndex) -> list[list[int]]:
@@ -35,6 +41,7 @@ def history_line(
     rejected: Sequence[Mapping[str, str]],
     aggregated: Aggregated | None,
     base: BaseIndex,
+    changes: Mapping[str, Change] | None = None,
 ) -> dict[str, Any]:
     """One line of history.jsonl; `version` is the adapter's version after the round."""
     done = {
@@ -67,6 +74,11 @@ def history_line(
         "rejected": list(rejected),
         "tail_energy": tail,
         "aggregation": {} if aggregated is None else diagnostics(aggregated),
+        "structure": {
+            device: schema.to_dict(change)
+            for device, change in (changes or {}).items()
+            if change.kind != "none"
+        },
     }
 
 
@@ -81,6 +93,53 @@ def diagnostics(aggregated: Aggregated) -> dict[str, Any]:
         "gate_drift": aggregated.gate_drift,
         "routing_consistency": aggregated.consistency,
         "gate_alpha": aggregated.alpha,
+    }
+
+
+def expert_map(
+    *,
+    run: str,
+    version: int,
+    versions: NDArray[np.int64] | None,
+    leases: Mapping[str, Lease],
+    structures: Mapping[str, Structure],
+    base: BaseIndex,
+) -> dict[str, Any]:
+    """GET /v1/experts: which device holds which experts, and how old they are.
+
+    Parameters
+    ----------
+    versions : [L, E], adapter version that last changed each expert; None before the first
+    leases : each device's latest; what it holds is of that lease's version
+    structures : device -> its sub-model, of the devices that have one
+
+    Returns
+    -------
+    "versions": layer -> [E]. "devices": device -> "version" of what it holds, "resident", "trained", "stale" (layer ->
+    experts held that have changed since) and "structure" (None without one).
+    """
+    shape = (len(base.moe_layers), base.num_experts)
+    changed = np.zeros(shape, np.int64) if versions is None else versions
+    rows = {str(layer): changed[i] for i, layer in enumerate(base.moe_layers)}
+    devices = {
+        device: {
+            "round": lease.round,
+            "version": lease.base_version,
+            "resident": lease.resident,
+            "trained": lease.trained,
+            "stale": {
+                layer: [e for e in held if rows[layer][e] > lease.base_version]
+                for layer, held in lease.resident.items()
+            },
+            "structure": schema.to_dict(structures[device]) if device in structures else None,
+        }
+        for device, lease in sorted(leases.items())
+    }
+    return {
+        "run": run,
+        "version": version,
+        "versions": {layer: row.tolist() for layer, row in rows.items()},
+        "devices": devices,
     }
 
 
@@ -136,10 +195,10 @@ def run_status(
     leases : the current round's
     accepted : of all rounds, oldest first
     """
-    work = work_of(state.round, state.plan.rounds)
+    work = work_of(state.round, state.plan)
     named = {"profile": "profiling", "train": "training", "evaluate": "evaluating"}
     phase = "over" if state.phase == "over" else named[work]
-    if state.phase == "waiting" and state.round == 0:
+    if state.phase == "waiting" and state.round == state.plan.first:
         phase = "waiting"
     views: dict[str, dict[str, Any]] = {}
     for name, device in devices.items():
@@ -175,8 +234,8 @@ def run_status(
     return {
         "run": run,
         "state": phase,
-        "round": min(state.round, state.plan.rounds + 1),
-        "rounds": state.plan.rounds,
+        "round": min(state.round, state.plan.last),
+        "rounds": state.plan.last - 1,
         "version": version,
         "devices": views,
         "rejected": list(rejected),
