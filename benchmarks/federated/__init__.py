@@ -1,1 +1,1 @@
-"""The scoreboard: federated methods on real text, measured on the global model and on each device."""
+"""The scoreboard: methods of federated fine-tuning of MoE models, compared at equal memory on real text."""

@@ -20,7 +20,7 @@ from benchmarks.federated import baselines, measure, metrics, partitions, profil
 from benchmarks.federated.methods import Method
 from benchmarks.federated.partitions import Client
 from benchmarks.federated.world import World, text_prompts
-from edge import trainer
+from edge import feedback, trainer
 from edge.data import first_by_hash
 from edge.routed_torch import RoutedBackend, RoutedSession
 from edge.session import Resident, Terms
@@ -28,7 +28,7 @@ from export import costs
 from protocol import lora, names, tensors, update, uplink
 from protocol.manifest import Shape, Slot
 from protocol.objective import Objective
-from server import adapters, choose_experts, expert_values
+from server import adapters, choose_experts, expert_values, threshold
 from server.aggregate import aggregate
 from server.contribution import from_stats
 
@@ -122,16 +122,13 @@ class Run:
         """Peak bytes of training `shape` under this method."""
         base, method = self.base, self.method
         if method.trains != "experts":
-            frozen = replace(
-                shape, slots=tuple(tuple(replace(s, rank=0) for s in x) for x in shape.slots)
-            ) if False else shape
             slots = sum(len(x) for x in shape.slots)
             lora_bytes = slots * (
                 costs.slot_memory(self.index, shape.slots[0][0])
                 - costs.frozen_bytes(self.index, shape.slots[0][0].format)
             )
             own = 16 * baselines.trained_floats(method.trains, self.index)
-            return base.predicted_bytes(frozen) - lora_bytes + own
+            return base.predicted_bytes(shape) - lora_bytes + own
         total = base.predicted_bytes(shape)
         if method.objective.scaffold:  # the server's and the client's own control variates
             total += 2 * 4 * costs.parameter_floats(self.index, shape)
@@ -235,15 +232,12 @@ class Run:
         if kind == "float32":
             coded: Mapping[str, NDArray[Any]] = {**sent, **result.control}
         else:
-            carried = self.fleet.carried.setdefault(client, {})
             change = {n: v - before[n] for n, v in sent.items()}
-            for name, value in carried.items():
-                if name in change and carried[name].shape == change[name].shape:
-                    change[name] = change[name] + value
-            coded = uplink.encode(change, kind)
+            owed = self.fleet.carried.get(client, {})
+            made = feedback.code(change, before, owed, kind)
+            self.fleet.carried[client] = {**owed, **made.kept}
+            coded = made.tensors
             arrived = uplink.decode(coded, {n: v.shape for n, v in change.items()}, kind)
-            for name in change:
-                carried[name] = change[name] - arrived[name]
             sent = {n: before[n] + v for n, v in arrived.items()}
         stats = {f"stats.{n}": v for n, v in result.stats.items()}
         return sent, len(tensors.encode({**coded, **stats}))
@@ -476,9 +470,9 @@ class Run:
 
 def threshold_counts(p: Floats, total: int, least: int) -> list[int]:
     """Experts per layer for the largest threshold that `total` experts allow (FedMoE, arXiv 2408.11304, eq 3)."""
-    from server import threshold
-
-    return [len(ids) for ids in threshold.keep(p, total, least)]
+    p = np.maximum(p, 0)
+    kept = threshold.widest(p, np.ones_like(p), total, top_k=least)
+    return [len(ids) for ids in kept.experts]
 
 
 def run(
@@ -503,6 +497,7 @@ def run(
         yield going.train_round(round)
         if round == last or (round % EVALUATE_EVERY == 0 and not tuning):
             yield from going.global_scores(round, "validation", generate=False)
+        if round == last or (round % (2 * EVALUATE_EVERY) == 0 and not tuning):
             yield from going.device_scores(round, generate=round == last and not tuning)
     if not tuning:
         yield from going.global_scores(last, "test", generate=True)

@@ -39,7 +39,7 @@ class Suite:
     rows_each: int | None = 200
     held_back: int = 32
     validation: int = 400
-    test: int = 2000
+    test: int = 1000
     failures: float = 0.0
 
 
