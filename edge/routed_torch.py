@@ -445,7 +445,11 @@ class RoutedSession:
         # Rows without weight are not worth a product with the vocabulary.
         asked = weights.nonzero()[:, 0]
         hidden = self.hidden(batch, terms, train=True, statistics=False)[asked]
-        log = F.log_softmax(self.body.model.lm_head(hidden), -1)
+        logits = self.body.model.lm_head(hidden)
+        if terms.logit_bias is not None:
+            first = (asked % batch.targets.shape[1] == 0).to(logits.dtype)
+            logits = logits + first[:, None] * torch.from_numpy(terms.logit_bias)
+        log = F.log_softmax(logits, -1)
         targets = torch.from_numpy(batch.targets).reshape(-1)[asked]
         share = weights[asked] / weights.sum()
         nll = -(log.gather(1, targets[:, None])[:, 0] * share).sum()

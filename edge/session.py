@@ -75,6 +75,7 @@ class Terms:
 
     Attributes
     ----------
+    logit_bias : float32 [V], added to the logits of a row's first answer token in training; None: nothing
     targets : MoE layer -> float32 [P], sums to 1; of the heterogeneity-aware balance. Uniform where it is missing
     """
 
@@ -86,6 +87,7 @@ class Terms:
     cap_where: Literal["both", "backward"] = "both"
     active: int = 0
     targets: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    logit_bias: NDArray[np.float32] | None = None
 
 
 PLAIN = Terms()

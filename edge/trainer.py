@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -95,6 +95,22 @@ def terms_of(objective: Objective) -> Terms:
     )
 
 
+def label_bias(prompts: Prompter, rows: Sequence[Row], tau: float) -> NDArray[np.float32] | None:
+    """What `Objective.label_prior` adds to the logits of the labels' first tokens, [V]; None without labels.
+
+    Half a row more of each label than there are, so that a label that the device has never seen gets a finite share.
+    """
+    verbaliser = prompts.verbaliser
+    if verbaliser is None or not tau:
+        return None
+    counts = np.full(len(verbaliser.labels), 0.5)
+    for row in rows:
+        counts[verbaliser.labels.index(str(row.label))] += 1
+    bias = np.zeros(prompts.tokenizer.get_vocab_size(), np.float32)
+    bias[verbaliser.first] = tau * np.log(counts / counts.sum())
+    return bias
+
+
 def trained_names(job: Job, parameters: Mapping[str, object]) -> list[str]:
     """Those of a session's parameters that the lease trains."""
     wanted = [n for n in slots.names_of(job.trained, parameters) if job.objective.trains(n)]
@@ -145,6 +161,7 @@ def train(
     sums: RoutingSums,
     check: Callable[[], None],
     control: Control | None = None,
+    logit_bias: NDArray[np.float32] | None = None,
 ) -> tuple[float, float]:
     """Step through `batches`, changing the session's parameters; returns the first and the last loss.
 
@@ -160,6 +177,8 @@ def train(
     parameters = session.parameters()
     wanted = trained_names(job, parameters)
     prox, terms = job.objective.prox, terms_of(job.objective)
+    if logit_bias is not None:
+        terms = replace(terms, logit_bias=logit_bias)
     start = {n: parameters[n].copy() for n in wanted} if prox else {}
     # Backends that know no terms yet still train plainly.
     step: Callable[..., tuple[float, dict[int, NDArray[np.float32]]]] = session.forward_backward
@@ -174,7 +193,7 @@ def train(
         check()
         if not batch.weights.any():
             continue  # rows too short to hold an answer: the loss would be 0 / 0
-        loss, routed = step(batch) if terms == PLAIN else step(batch, terms)
+        loss, routed = step(batch, terms)
         gradients = session.gradients()
         if prox or control is not None:
             gradients = {n: gradients[n].copy() for n in wanted}
@@ -245,7 +264,8 @@ def work(
             data = training_batches(prompts, train_rows, job.steps, rng)
             sent = [n for n in slots.names_of(job.trained, adapter) if objective.sends(n)]
             control = _control(sent, adapter, shared, kept) if objective.scaffold else None
-            losses = train(session, data, job, sums, check, control)
+            bias = label_bias(prompts, train_rows, objective.label_prior)
+            losses = train(session, data, job, sums, check, control, bias)
             after_training = {n: value.copy() for n, value in session.parameters().items()}
         finally:
             session.close()

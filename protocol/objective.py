@@ -30,6 +30,9 @@ class Objective:
     cap : at most so many experts of a layer take part in a batch; 0: all residents
     cap_where : "both": the others get no token; "backward": as HFedMoE prints it, they only get no gradient
     active : experts per token, at most the base's k; 0: k (FLAME, FFT-MoE)
+    label_prior : tau of a loss that knows how often the device sees each label: tau * log of the label's share is added to
+        the label's logit in training (logit adjustment, arXiv 2007.07314; in federations FedLC, arXiv 2209.00189), so that
+        a device does not learn to say what it mostly has. Without labels it does nothing
     output_scale : learn one factor per layer on the experts' output; it stays on the device (FLAME)
     factors : the LoRA factors that are trained and sent: "lora_B" is FFA-LoRA (arXiv 2403.12313), one and the other in
         turn is RoLoRA (arXiv 2502.01755). Router rows are trained either way
@@ -49,13 +52,21 @@ class Objective:
     cap_where: Literal["both", "backward"] = "both"
     active: int = 0
     output_scale: bool = False
+    label_prior: float = 0.0
     factors: Literal["both", "lora_A", "lora_B"] = "both"
     personal: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise SchemaError(f"label_smoothing {self.label_smoothing}, 0 to below 1 wanted")
-        for name in ("balance", "target_balance", "target_kappa", "z_loss", "prox"):
+        for name in (
+            "balance",
+            "target_balance",
+            "target_kappa",
+            "z_loss",
+            "prox",
+            "label_prior",
+        ):
             if not 0 <= getattr(self, name) <= 1e6:
                 raise SchemaError(f"{name} {getattr(self, name)}, 0 to 1e6 wanted")
         if not 0 <= self.target_mix <= 1:
