@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("fleet", "name of the fleet, part of every topic")
     p.add_argument(
-        "--task", type=Path, metavar="FILE.json", help="what is taught: template, labels"
+        "--task", type=Path, metavar="FILE.json", help="what is taught: template, labels, answer"
     )
     flag("base_name", "what the adapter's card calls its base", metavar="DIR_OR_HUB_ID")
     flag("rounds", "training rounds")

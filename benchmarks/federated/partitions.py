@@ -93,7 +93,9 @@ def divide(
     quantity : float or None
         As for `lengths`.
     rows_each : int or None
-        Mean number of rows of a client, if there are as many; None divides all rows.
+        Mean number of rows of a client, if there are as many; None divides all rows. Where all are divided, or nearly
+        all, the mixes are milder than `alpha` says: the last rows go to whoever still wants some. (30 clients, four
+        labels, alpha 0.1: the commonest label is 73 % of a client's rows; with two thirds of the rows divided, 86 %.)
 
     Returns
     -------

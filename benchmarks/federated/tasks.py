@@ -166,6 +166,10 @@ def _squad(fitter: Fitter, row: dict[str, Any], room: int) -> _Made:
     ends = np.array([stop for _, stop in spans])
     first = int(np.searchsorted(ends, at, side="right"))
     last = int(np.searchsorted(ends, at + len(answer.rstrip()) - 1, side="right"))
+    if not 0 <= first <= last < len(words):
+        raise TaskError(
+            f"squad: {answer[:40]!r} at {at} found, a place in {len(context)} characters"
+        )
     share = digest(row["question"] + context) / 2**64
     start, stop = around(fitter.sizes(words), first, last, left, share)
     prompt = f"Text: {' '.join(words[start:stop])}\nQuestion: {question}\nAnswer:"
@@ -189,7 +193,7 @@ def _distinct(made: Iterable[_Made], taken: Iterable[_Made] = ()) -> list[_Made]
     """The first row of each prompt, but none with a prompt or source that is `taken`."""
     prompts = {m.row.text for m in taken}
     sources = {m.source for m in taken}
-    kept = {}
+    kept: dict[str, _Made] = {}
     for m in made:
         if m.row.text not in prompts and m.source not in sources:
             kept.setdefault(m.row.text, m)
@@ -259,7 +263,7 @@ def load(
             rows = [r for r in read(path) if full is None or r["task"] == full]
             return [maker(fitter, row, room) for row in rows]
         except (KeyError, IndexError, TypeError) as error:
-            raise TaskError(f"{path}: a row without {error}") from error
+            raise TaskError(f"{path}: a row that cannot be used: {error!r}") from error
 
     tested = _distinct(made(files[1]))
     rest = _distinct(made("train"), tested)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEATURES = 2048
-COMMON = 0.1  # words in more than this share of the texts tell nothing
+COMMON = 0.2  # words in more than this share of the texts tell nothing
 ITERATIONS = 30
 
 
@@ -49,6 +49,8 @@ def topics(texts: Sequence[str], halvings: int) -> list[str]:
     The texts are halved at the median of their first principal axis, and each half again: topics of equal size (by one
     or two), so that none is too rare to be a client's. Coarse topics, with borders in the middle of things.
     """
+    if not texts:
+        return []
     points = vectors(texts)
     found = np.zeros(len(texts), dtype=np.int64)
     for _ in range(halvings):

@@ -150,6 +150,22 @@ def test_what_the_server_does_not_know_is_one_line(serve, start, rows, tmp_path)
     assert "Traceback" not in labels.text() + profile.text()
 
 
+def test_free_text_answers_are_learned(serve, start, rows, tmp_path):
+    task = {"template": "Text: {text}\nAnswer:", "answer": "text"}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    server, url = serve("--steps", "40", "--rounds", "1", "--exit-when-done")
+    unlabelled = [f for f in edge_flags(url, rows, tmp_path / "a") if f not in ("--label", "label")]
+    without = start("without", *unlabelled)
+    assert without.end() == 2
+    assert "the run wants answers, name the field" in without.text().splitlines()[-1]
+    edge = start("edge", *edge_flags(url, rows, tmp_path))
+    assert edge.end() == 0
+    assert server.end(60) == 0
+    lines = [json.loads(x) for x in (tmp_path / "state" / "history.jsonl").read_text().splitlines()]
+    losses = [next(iter(x["devices"].values()))["loss_after"] for x in lines]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_a_device_over_its_budget_is_stopped(serve, start, rows, tmp_path):
     _, url = serve("--steps", "5", "--rounds", "1")
     edge = start(
