@@ -32,6 +32,7 @@ class Method:
     reserve : share of the budget that is kept free for growth (FedMoE's 1 - alpha)
     learning_rate, router_factor, warmup : of the factors; of the router rows, as a share of it; rounds in which these
         rows stay frozen
+    tuned_as : the method whose tuned learning rate it takes; empty: its own
     """
 
     name: str
@@ -53,6 +54,7 @@ class Method:
     warmup: int = 0
     rank: int = 4
     over_budget: bool = False
+    tuned_as: str = ""
 
 
 FEDAVG = Rules(
@@ -131,3 +133,49 @@ _METHODS = (
     replace(_FEDIT, name="all-experts", holds="all", over_budget=True),
 )
 METHODS = {method.name: method for method in _METHODS}
+
+SELECTION = tuple(
+    replace(OURS, name=name, tuned_as="ours", coverage=0.0, **how)  # type: ignore[arg-type]
+    for name, how in {
+        "random": {"holds": "random", "profile": False},
+        "frequency": {"relevance": "frequency", "beta": 0.0},
+        "hfedmoe-printed": {"relevance": "hfedmoe"},
+        "hfedmoe-fixed": {"relevance": "mass"},
+        "oracle": {"relevance": "oracle"},
+        "ours": {"coverage": OURS.coverage},
+    }.items()
+)
+"""The same training and aggregation, and as many experts: only what is held differs."""
+
+
+def _ours(name: str, **how: object) -> Method:
+    return replace(OURS, name=name, tuned_as="ours", **how)  # type: ignore[arg-type]
+
+
+ABLATIONS = (
+    OURS,
+    _ours("without-stage-1", profile=False),
+    replace(METHODS["fedmoe"], name="fedmoe-without-stage-1", tuned_as="fedmoe", profile=False),
+    replace(METHODS["fedmoe"], name="fedmoe-without-stage-2", tuned_as="fedmoe", structure="none"),
+    _ours("without-coverage", coverage=0.0),
+    _ours("relevance-mass", relevance="mass"),
+    _ours("relevance-taylor", relevance="taylor"),
+    _ours("relevance-labels", relevance="labels"),
+    _ours("lora-factors", rules=replace(OURS.rules, lora="factors")),
+    _ours("lora-flex", rules=replace(OURS.rules, lora="flex")),
+    _ours("lora-ffa", rules=replace(OURS.rules, lora="ffa")),
+    _ours("lora-alternate", rules=replace(OURS.rules, lora="alternate")),
+    _ours("lora-fedsa", rules=replace(OURS.rules, lora="fedsa")),
+)
+UPLINK = tuple(_ours(f"ours-{kind}", uplink=kind) for kind in ("float32", "int8", "int4"))
+
+
+def methods_of(suite: str) -> tuple[Method, ...]:
+    """The methods of a suite."""
+    if suite.startswith("selection-"):
+        return SELECTION
+    if suite.startswith("ablation-"):
+        return ABLATIONS
+    if suite.startswith("uplink-"):
+        return UPLINK
+    return _METHODS
