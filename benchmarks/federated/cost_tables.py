@@ -132,7 +132,8 @@ def robustness(suites: Sequence[Results]) -> list[Table]:
                     continue
                 values = [m.mean for m in means if m is not None]
                 index = coefficient_of_variation(values)
-                first = min(first, index)
+                if scope == "global":
+                    first = index
                 hint = ", ".join(
                     f"{r.suite}: {number(v)}" for r, v in zip(members, values, strict=True)
                 )

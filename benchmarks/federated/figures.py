@@ -35,7 +35,7 @@ COLOURS = {INK: "ink", MUTED: "muted", FAINT: "faint", GRID: "line"}
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Panels that share a legend. `methods` are those in it."""
+    """Panels that share a legend of `methods`, none where points are named; with `marks` it has marks on the lines."""
 
     name: str
     title: str
@@ -43,6 +43,7 @@ class Figure:
     panels: Sequence[Draw]
     methods: Sequence[str]
     columns: int
+    marks: bool = False
 
 
 def suite_figures(results: Results, look: Mapping[str, Look]) -> list[Figure]:
@@ -75,7 +76,7 @@ def suite_figures(results: Results, look: Mapping[str, Look]) -> list[Figure]:
             caption="Left: up is better for the owners of the devices, right is better for the operator. "
             "Right: left is cheaper. Bars: 95 % interval over seeds.",
             panels=[tension(results, look), traffic(results, look)],
-            methods=methods,
+            methods=(),
             columns=2,
         )
     )
@@ -115,6 +116,7 @@ def selection_figure(suites: Mapping[int, Results], look: Mapping[str, Look]) ->
         panels=[budgets(suites, look, scope) for scope in SCOPES],
         methods=methods,
         columns=2,
+        marks=True,
     )
 
 
@@ -132,16 +134,17 @@ def to_png(figure: Figure, look: Mapping[str, Look]) -> bytes:
         lines = [
             Line2D(
                 [], [], color=look[m].colour, linestyle=look[m].dash, linewidth=2.6 if look[m].wide else 1.6,
-                marker=look[m].mark, markersize=4, label=m,
+                marker=look[m].mark if figure.marks else "", markersize=4, label=m,
             )
             for m in sorted(figure.methods, key=lambda m: (not look[m].wide, m))
         ]  # fmt: skip
-        drawing.legend(
-            handles=lines,
-            loc="outside lower center",
-            ncols=min(len(lines), 2 * figure.columns + 1),
-            fontsize=8.5,
-        )
+        if lines:
+            drawing.legend(
+                handles=lines,
+                loc="outside lower center",
+                ncols=min(len(lines), 2 * figure.columns + 1),
+                fontsize=8.5,
+            )
         for axes in grid.flat[len(figure.panels) :]:
             axes.set_visible(False)
         for axes, draw in zip(grid.flat, figure.panels, strict=False):
@@ -182,6 +185,8 @@ def to_svgs(figure: Figure) -> list[str]:
 
 def legend_html(figure: Figure, look: Mapping[str, Look]) -> str:
     """The methods with a piece of their line."""
+    if not figure.methods:
+        return ""
     items = []
     for method in sorted(figure.methods, key=lambda m: (not look[m].wide, m)):
         style = look[method]

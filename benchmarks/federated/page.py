@@ -69,8 +69,10 @@ def write(runs: Sequence[Run], out: Path, *, ours: str, reference: str, command:
         Results(name, finished, ours=ours, reference=reference)
         for name in sorted({run.suite for run in finished})
     ]
-    look = looks(sorted({run.method for run in finished}), ours)
     leading = [r for r in suites if kind(r.suite) == "main"]
+    # Methods of the main suites get the first looks, so that their colours differ.
+    first = sorted({m for r in leading for m in r.runs})
+    look = looks(list(dict.fromkeys([*first, *sorted({r.method for r in finished})])), ours)
     others = [r for r in suites if kind(r.suite) in page_sections.VARIANTS]
     sections = [
         *([page_sections.overview(leading)] if leading else []),

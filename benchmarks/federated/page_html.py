@@ -21,7 +21,7 @@ _CSS = """
         --line: #2a333c; --tint: #17263c; --good: #69db7c; --bad: #ff8787; DARK } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--bg);
-       max-width: 1160px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
+       max-width: 1240px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h3 { font-size: 1rem; margin: 1.8rem 0 .2rem; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .4rem; padding-top: .6rem; border-top: 2px solid var(--line); }
 h4 { font-size: .95rem; margin: 1.6rem 0 .1rem; }
@@ -31,11 +31,11 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; margin: 1rem 0; } a { col
        min-width: 24rem; }
 th { text-align: left; color: var(--muted); font-weight: 600; vertical-align: bottom; min-width: 3.4rem;
      max-width: 9rem; cursor: pointer; }
-th, td { padding: .3rem .9rem .3rem 0; } tr { border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .8rem .3rem 0; } tr { border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; } td.words { white-space: normal; }
 .n { text-align: right; } .best, .ours { font-weight: 700; } td.ours { color: var(--m0); }
 .good { color: var(--good); } .bad { color: var(--bad); } [title] { text-decoration-line: none; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20.5rem, 100%), 1fr)); gap: .75rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: .75rem; }
 .panels svg { width: 100%; height: auto; font-family: system-ui, -apple-system, "Segoe UI", sans-serif; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin: .2rem 0 .6rem; }
 .legend span { white-space: nowrap; } .legend svg { margin-right: .35rem; } .legend path { fill: none; }

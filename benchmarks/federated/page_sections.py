@@ -17,12 +17,13 @@ from benchmarks.federated.score_tables import (
     SCOPE_WORDS,
     SEEDS_RULE,
     against_best,
+    agreed_sign,
     method_cell,
     scores,
     to_target,
 )
 from benchmarks.federated.tables import NONE, Cell, Table, mean_cell, number, range_text
-from benchmarks.federated.variant_tables import selection, uplink, variants
+from benchmarks.federated.variant_tables import selection, selection_differences, uplink, variants
 
 VARIANTS = {
     "ablation": ("Ablation", "What each part of the method adds: the same runs without it."),
@@ -64,7 +65,7 @@ def _ours_beside_best(results: Results, scope: str) -> list[Cell | str]:
     if not math.isnan(boot.low):
         text += f" ({range_text(boot)})"
     hint = f"paired t over {paired.count} seeds: {range_text(paired)}"
-    mark = {1: "good", 0: "", -1: "bad"}[boot.sign]
+    mark = {1: "good", 0: "", -1: "bad"}[agreed_sign(boot, paired)]
     return [*cells, Cell(text=text, hint=hint, mark=mark)]
 
 
@@ -152,7 +153,7 @@ def selection_section(suites: Sequence[Results], look: Mapping[str, Look]) -> li
         Section(
             title="Selection of experts",
             text="Which experts a device should hold; everything else is equal.",
-            tables=[selection(budgets)],
+            tables=[selection(budgets), selection_differences(budgets)],
             figures=[selection_figure(budgets, look)],
             runs=[run for _, r in sorted(budgets.items()) for run in all_runs(r)],
         )
@@ -166,7 +167,7 @@ def variant_section(results: Results) -> Section:
     if what == "uplink":
         table = uplink(results)
     else:
-        table = variants(results, f"{word}: {results.suite}", results.ours)
+        table = variants(results, f"Beside {results.ours}", results.ours)
     title = f"{word}: {results.suite}"
     return Section(title=title, text=text, tables=[table], figures=[], runs=all_runs(results))
 

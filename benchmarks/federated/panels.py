@@ -8,15 +8,16 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks.federated import run_facts
-from benchmarks.federated.compare import t_interval
+from benchmarks.federated.compare import Interval, t_interval
 from benchmarks.federated.results import SCOPES, Results
 from benchmarks.federated.score_tables import METRIC_WORDS, SCOPE_WORDS
 
 PALETTE = (
     "#1f6feb", "#d9730d", "#2f9e44", "#d6336c", "#8250df", "#0c8599", "#b08800", "#e5484d", "#7b8794", "#a0522d",
+    "#74a810", "#c13fd0",
 )  # fmt: skip
 DASHES: tuple[Literal["-"] | tuple[float, tuple[float, ...]], ...] = (
     "-",
@@ -25,6 +26,8 @@ DASHES: tuple[Literal["-"] | tuple[float, tuple[float, ...]], ...] = (
 )
 MARKS = ("o", "s", "^")
 Draw = Callable[[Axes], None]
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +40,30 @@ class Look:
     wide: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method in a scatter, with half the width of its intervals; 0 where there is none."""
+
+    name: str
+    x: float
+    y: float
+    half_x: float = 0.0
+    half_y: float = 0.0
+
+
+def _half(interval: Interval) -> float:
+    return interval.half if np.isfinite(interval.half) else 0.0
+
+
 def looks(methods: Sequence[str], ours: str) -> dict[str, Look]:
-    """A look for each method: ours first in the palette and wide, the others in the order of their names."""
-    ordered = sorted(methods, key=lambda m: (m != ours, m))
-    if ours not in methods:
-        ordered = [ours, *ordered]
+    """A look for each method, in the order given: ours first and wide, then colours, each with a dash of its own."""
+    ordered = [ours, *(m for m in methods if m != ours)]
     return {
         m: Look(
             colour=PALETTE[i % len(PALETTE)],
-            dash=DASHES[i // len(PALETTE) % len(DASHES)],
-            mark=MARKS[i // len(PALETTE) % len(MARKS)],
+            # Neighbours differ in dash as well, for those who see the colours as alike.
+            dash=DASHES[(i + i // len(PALETTE)) % len(DASHES)],
+            mark=MARKS[(i + i // len(PALETTE)) % len(MARKS)],
             wide=m == ours,
         )
         for i, m in enumerate(ordered)
@@ -105,62 +122,76 @@ def coverage(results: Results, look: Mapping[str, Look], name: str, title: str) 
     return draw
 
 
-def _name_points(axes: Axes, points: Sequence[tuple[str, float, float, Look]]) -> None:
-    """Write each point's name beside it, at the place of eight that overlaps least; places in points (1/72 inch)."""
+def _overlap(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _name_points(axes: Axes, points: Sequence[Point], look: Mapping[str, Look]) -> None:
+    """Write each point's name near it where it overlaps least with points, bars and names; in points (1/72 inch)."""
     drawing = axes.get_figure(root=True)
     assert drawing is not None
     drawing.draw_without_rendering()  # fixes the layout, so that data can be turned into places
     to_points = 72 / drawing.dpi
-    places = [tuple(axes.transData.transform((x, y)) * to_points) for _, x, y, _ in points]
-    box = axes.get_window_extent()
-    right, left = box.x1 * to_points, box.x0 * to_points
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
-    for (name, x, y, style), (px, py) in zip(points, places, strict=True):
-        width, height = 4.7 * len(name) + 2, 9.0
-        best: tuple[float, tuple[float, float], tuple[float, float, float, float]] | None = None
-        for dx, dy in ((6, -4), (-6 - width, -4), (-width / 2, 6), (-width / 2, -14),
-                       (6, 5), (6, -13), (-6 - width, 5), (-6 - width, -13)):  # fmt: skip
-            area = (px + dx, py + dy, px + dx + width, py + dy + height)
-            cost = sum(
-                max(0.0, min(area[2], t[2]) - max(area[0], t[0]))
-                * max(0.0, min(area[3], t[3]) - max(area[1], t[1]))
-                for t in taken
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        found = axes.transData.transform((x, y)) * to_points
+        return float(found[0]), float(found[1])
+
+    frame = axes.get_window_extent()
+    taken: list[Box] = []
+    for point in points:
+        (x, y), dx, dy = place(point.x, point.y), point.half_x, point.half_y
+        taken.append((x - 4, y - 4, x + 4, y + 4))
+        if dx > 0:
+            taken.append(
+                (place(point.x - dx, point.y)[0], y - 1, place(point.x + dx, point.y)[0], y + 1)
             )
-            cost += 40 * (max(0.0, area[2] - right) + max(0.0, left - area[0]))
-            if best is None or cost < best[0] - 1e-9:
-                best = (cost, (dx, dy), area)
-        assert best is not None
-        taken.append(best[2])
+        if dy > 0:
+            taken.append(
+                (x - 1, place(point.x, point.y - dy)[1], x + 1, place(point.x, point.y + dy)[1])
+            )
+    for point in sorted(points, key=lambda p: -p.y):
+        x, y = place(point.x, point.y)
+        width, height = 4.6 * len(point.name) + 2, 9.0
+        options: list[tuple[float, tuple[float, float], Box]] = []
+        for up in (-4, 4, -12, 10, -20, 18, -28, 26):
+            for dx in (6.0, -6 - width, -width / 2):
+                if dx == -width / 2 and -12 < up < 6:
+                    continue  # on the point itself
+                area = (x + dx, y + up, x + dx + width, y + up + height)
+                cost = sum(_overlap(area, other) for other in taken) + 1.2 * abs(up + 4)
+                outside = max(0.0, area[2] - frame.x1 * to_points) + max(
+                    0.0, frame.x0 * to_points - area[0]
+                )
+                options.append((cost + 40 * outside, (dx, up), area))
+        _, offset, area = min(options)
+        taken.append(area)
         axes.annotate(
-            name,
-            (x, y),
-            xytext=best[1],
+            point.name,
+            (point.x, point.y),
+            xytext=offset,
             textcoords="offset points",
             fontsize=8,
-            color=style.colour,
-            fontweight="bold" if style.wide else "normal",
+            color=look[point.name].colour,
+            fontweight="bold" if look[point.name].wide else "normal",
         )
 
 
-def _scatter(
-    axes: Axes, points: Sequence[tuple[str, float, float, float, float]], look: Mapping[str, Look]
-) -> None:
-    """Points (name, x, y, half width of x, of y) with their intervals and names."""
-    for name, x, y, dx, dy in points:
-        style = look[name]
-        axes.errorbar(
-            x,
-            y,
-            xerr=dx if np.isfinite(dx) and dx > 0 else None,
-            yerr=dy if np.isfinite(dy) and dy > 0 else None,
-            fmt=style.mark,
-            color=style.colour,
-            markersize=8 if style.wide else 6,
-            elinewidth=0.8,
-            alpha=0.95,
-        )
+def _scatter(axes: Axes, points: Sequence[Point], look: Mapping[str, Look]) -> None:
+    """Points with their intervals and names."""
+    for point in points:
+        style = look[point.name]
+        for x, y in (
+            ([point.x - point.half_x, point.x + point.half_x], [point.y, point.y]),
+            ([point.x, point.x], [point.y - point.half_y, point.y + point.half_y]),
+        ):
+            axes.plot(x, y, color=style.colour, linewidth=1, alpha=0.4, zorder=1)
+        size = 8 if style.wide else 5.5
+        axes.plot(
+            [point.x], [point.y], style.mark, color=style.colour, markersize=size, zorder=3
+        )  # fmt: skip
     axes.margins(0.12)
-    _name_points(axes, [(name, x, y, look[name]) for name, x, y, _, _ in points])
+    _name_points(axes, points, look)
 
 
 def tension(results: Results, look: Mapping[str, Look]) -> Draw:
@@ -172,14 +203,17 @@ def tension(results: Results, look: Mapping[str, Look]) -> Draw:
             found = [results.task_means(method, scope) for scope in SCOPES]
             if all(found):
                 x, y = (t_interval(list(f.values())) for f in found)
-                points.append((method, x.mean, y.mean, x.half, y.half))
+                points.append(
+                    Point(name=method, x=x.mean, y=y.mean, half_x=_half(x), half_y=_half(y))
+                )
         axes.set(
             title="Global model against devices",
             xlabel="global model, mean of tasks %",
             ylabel="devices, mean of tasks %",
         )
         axes.grid()
-        _scatter(axes, points, look)
+        if points:
+            _scatter(axes, points, look)
 
     return draw
 
@@ -194,14 +228,15 @@ def traffic(results: Results, look: Mapping[str, Look]) -> Draw:
             both = results.over_seeds(method, run_facts.bytes_both)
             if found and both is not None and both.mean > 0:
                 y = t_interval(list(found.values()))
-                points.append((method, both.mean / 1e6, y.mean, np.nan, y.half))
+                points.append(Point(name=method, x=both.mean / 1e6, y=y.mean, half_y=_half(y)))
         axes.set(
             title="Bytes against score",
-            xlabel="MB up and down, whole run (10^6 bytes, log scale)",
+            xlabel="MB up and down per run (log scale)",
             ylabel="global model, mean of tasks %",
             xscale="log",
         )
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid()
         if points:
@@ -214,7 +249,8 @@ def budgets(suites: Mapping[int, Results], look: Mapping[str, Look], scope: str)
     """A panel with selection methods by budget, each with its interval over seeds."""
 
     def draw(axes: Axes) -> None:
-        methods = sorted({m for r in suites.values() for m in r.runs}, key=lambda m: look[m].wide)
+        names = sorted({m for r in suites.values() for m in r.runs})
+        methods = sorted(names, key=lambda m: look[m].wide)
         for index, method in enumerate(methods):
             found = {
                 b: t_interval(list(v.values()))
@@ -225,7 +261,7 @@ def budgets(suites: Mapping[int, Results], look: Mapping[str, Look], scope: str)
             # Side by side, so that the intervals of one budget can be read.
             shift = (index - (len(methods) - 1) / 2) * 0.55
             means = [i.mean for i in found.values()]
-            halves = [i.half if np.isfinite(i.half) else 0.0 for i in found.values()]
+            halves = [_half(i) for i in found.values()]
             axes.errorbar(
                 [b + shift for b in found],
                 means,

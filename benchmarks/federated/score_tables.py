@@ -93,7 +93,8 @@ def scores(results: Results, scope: str) -> Table:
         means = [math.nan if i is None else i.mean for i in intervals]
         columns.append(mark_best(cells, means, lower))
 
-    add("mean of tasks, %", [results.task_means(m, scope) for m in order], 1, False)
+    if len(results.primary) > 1:
+        add("mean of tasks, %", [results.task_means(m, scope) for m in order], 1, False)
     for task, metric in results.measures:
         found = [results.finals(m, scope, task, metric) for m in order]
         add(measure_name(task, metric), found, digits(metric), lower_is_better(metric))
@@ -120,15 +121,23 @@ def scores(results: Results, scope: str) -> Table:
     return Table(title=title, caption=caption, header=header, rows=rows, left=2)
 
 
-def _verdict(interval: Interval, lower: bool) -> Cell:
-    if math.isnan(interval.low):
+def agreed_sign(boot: Interval, paired: Interval) -> int:
+    """1 or -1 where the bootstrap's and Student's interval lie on the same side of 0, else 0."""
+    return boot.sign if boot.sign == paired.sign else 0
+
+
+def _verdict(boot: Interval, paired: Interval, lower: bool) -> Cell:
+    if math.isnan(boot.low):
         return Cell(text=NONE, hint="too few seeds for an interval")
-    sign = -interval.sign if lower else interval.sign
-    return {
-        1: Cell(text="ahead", mark="good"),
-        0: Cell(text="not told apart"),
-        -1: Cell(text="behind", mark="bad"),
-    }[sign]
+    side = -boot.sign if lower else boot.sign
+    if not side:
+        return Cell(text="not told apart")
+    word = "ahead" if side > 0 else "behind"
+    if not agreed_sign(boot, paired):
+        return Cell(
+            text=f"{word} (bootstrap only)", hint="Student's interval over seeds includes 0"
+        )
+    return Cell(text=word, mark="good" if side > 0 else "bad")
 
 
 def against_best(results: Results, scope: str) -> Table:
@@ -152,17 +161,16 @@ def against_best(results: Results, scope: str) -> Table:
         values += [whose, method_cell(results, rival)]
         values.append(mean_cell(mean(rival), places))
         if difference is None:
-            rows.append([*values, NONE, NONE, NONE, NONE, NONE])
+            rows.append([*values, NONE, NONE, NONE, NONE])
             return
         boot, paired = difference
         rows.append(
             [
                 *values,
-                number(boot.mean, places, plus=True),
+                Cell(text=number(boot.mean, places, plus=True), hint=f"{boot.count} seeds"),
                 range_text(boot, places),
                 range_text(paired, places),
-                str(boot.count),
-                _verdict(boot, lower),
+                _verdict(boot, paired, lower),
             ]
         )
 
@@ -171,7 +179,7 @@ def against_best(results: Results, scope: str) -> Table:
         return ranked[0] if ranked else None
 
     if ours in results.runs:
-        for whose, among in (("any", everyone), ("within budget", fitting)):
+        for whose, among in (("any", everyone), ("in budget", fitting)):
             if whose != "any" and fitting == everyone:
                 continue
             rival = best_mean(among)
@@ -190,17 +198,13 @@ def against_best(results: Results, scope: str) -> Table:
         "ours - it",
         "95 % interval",
         "paired t over seeds",
-        "seeds",
         "verdict",
     )
+    drawn = "rows where right and wrong are known per row" if scope == "global" else "devices"
     caption = (
-        "The baseline is the best of each task after the fact, which favours the baseline. The interval "
-        "draws seeds and, "
-        "within a seed, "
-        + ("rows where right and wrong are known per row" if scope == "global" else "devices")
-        + " again (hierarchical bootstrap); with few seeds it is narrow, so Student's paired interval over "
-        "seeds stands "
-        "beside it. The verdict is the bootstrap's."
+        "The baseline is the best of each task after the fact, which favours the baseline. The interval draws seeds "
+        f"and, within a seed, {drawn} again (hierarchical bootstrap); with few seeds it is too narrow, so Student's "
+        "paired interval over seeds stands beside it. Ahead and behind: both intervals exclude 0."
     )
     if not rows:
         caption = f"No finished run of {ours!r} beside a baseline in this suite."
@@ -231,7 +235,7 @@ def to_target(results: Results, scope: str) -> Table:
                 rounds = float(np.mean([r for r, _ in got]))
                 minutes = float(np.mean([s for _, s in got])) / 60
                 some = "" if len(got) == len(found) else f" ({len(got)} of {len(found)} seeds)"
-                text = f"{number(rounds, 0)} rounds, {number(minutes)} min{some}"
+                text = f"{number(rounds)} rounds, {number(minutes)} min{some}"
                 each = ", ".join("not reached" if f is None else f"round {f[0]}" for f in found)
                 row.append(Cell(text=text, hint=each))
         rows.append(row)

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 
 from benchmarks.federated import run_facts
+from benchmarks.federated.compare import Interval
 from benchmarks.federated.results import SCOPES, Results
 from benchmarks.federated.score_tables import (
     SCOPE_WORDS,
     SEEDS_RULE,
+    agreed_sign,
     by_seed,
     mark_best,
     method_cell,
@@ -17,6 +19,21 @@ from benchmarks.federated.score_tables import (
     over_seeds,
 )
 from benchmarks.federated.tables import NONE, Cell, Table, mean_cell, number, range_text
+
+
+def _difference_cell(found: tuple[Interval, Interval] | None, places: int = 1) -> Cell:
+    """The mean difference with its bootstrap interval, Student's in the hint; coloured where both exclude 0."""
+    if found is None:
+        return Cell(text=NONE)
+    boot, paired = found
+    text = number(boot.mean, places, plus=True)
+    if not math.isnan(boot.low):
+        text += f" ({range_text(boot, places)})"
+    return Cell(
+        text=text,
+        hint=f"paired t over {paired.count} seeds: {range_text(paired, places)}",
+        mark={1: "good", 0: "", -1: "bad"}[agreed_sign(boot, paired)],
+    )
 
 
 def variants(results: Results, title: str, base: str) -> Table:
@@ -34,17 +51,7 @@ def variants(results: Results, title: str, base: str) -> Table:
             difference = None
             if base in results.runs and method != base:
                 difference = results.difference(method, base, scope, results.primary)
-            if difference is None:
-                row.append(NONE)
-                continue
-            boot, paired = difference
-            row.append(
-                Cell(
-                    text=f"{number(boot.mean, 1, plus=True)} ({range_text(boot)})",
-                    hint=f"paired t over {paired.count} seeds: {range_text(paired)}",
-                    mark={1: "good", 0: "", -1: "bad"}[boot.sign],
-                )
-            )
+            row.append(_difference_cell(difference))
         both = results.over_seeds(method, run_facts.bytes_both)
         row.append(NONE if both is None else number(both.mean / 1e6))
         row.append(
@@ -84,14 +91,7 @@ def uplink(results: Results) -> Table:
             difference = None
             if plain is not None and method != plain:
                 difference = results.difference(method, plain, scope, results.primary)
-            row.append(
-                NONE
-                if difference is None
-                else Cell(
-                    text=f"{number(difference[0].mean, 2, plus=True)} ({range_text(difference[0], 2)})",
-                    hint=f"paired t over seeds: {range_text(difference[1], 2)}",
-                )
-            )
+            row.append(_difference_cell(difference, 2))
         per = results.over_seeds(method, run_facts.bytes_per_parameter)
         up = results.over_seeds(method, run_facts.bytes_up)
         if per is not None:
@@ -151,3 +151,30 @@ def selection(budgets: Mapping[int, Results]) -> Table:
     return Table(
         title="Selection at equal budget", caption=caption, header=header, rows=rows
     )  # fmt: skip
+
+
+def selection_differences(budgets: Mapping[int, Results]) -> Table:
+    """Ours minus every other selection method at every budget, in both scopes."""
+    ours = next(iter(budgets.values())).ours
+    methods = sorted({m for results in budgets.values() for m in results.runs} - {ours})
+    header = ["ours minus"]
+    for scope in SCOPES:
+        header += [f"{SCOPE_WORDS[scope].lower()}, {b} %" for b in sorted(budgets)]
+    rows: list[list[Cell | str]] = []
+    for method in methods:
+        row: list[Cell | str] = [method]
+        for scope in SCOPES:
+            for budget in sorted(budgets):
+                results = budgets[budget]
+                both = ours in results.runs and method in results.runs
+                row.append(
+                    _difference_cell(
+                        results.difference(ours, method, scope, results.primary) if both else None
+                    )
+                )
+        rows.append(row)
+    caption = (
+        "Paired difference of the mean of tasks, in points, with the 95 % interval of the hierarchical bootstrap; "
+        "hover for Student's over seeds. Coloured where both exclude 0."
+    )
+    return Table(title="Ours minus the others", caption=caption, header=header, rows=rows)
