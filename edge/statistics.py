@@ -60,13 +60,18 @@ class RoutingSums:
 class Score:
     """Loss per answer token, and accuracy over rows with labels."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: NDArray[np.float32] | None = None) -> None:
+        """`bias` [V] is added to the logits of every first answer token, see `Objective.label_prior`."""
+        self._bias = bias
         self._nll, self._weight, self._right, self._rows = 0.0, 0.0, 0, 0
 
     def add(
         self, logits: NDArray[np.float32], batch: Batch, first: NDArray[np.int64] | None
     ) -> None:
         """Add logits [B, K, V]; `first` [labels] are the first answer tokens, None without labels."""
+        if self._bias is not None:
+            logits = logits.copy()
+            logits[:, 0] += self._bias
         shifted = logits - logits.max(-1, keepdims=True)
         log_sum = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
         picked = np.take_along_axis(shifted, batch.targets[..., None], -1)[..., 0]

@@ -142,9 +142,10 @@ def evaluate(
     first: NDArray[np.int64] | None,
     check: Callable[[], None],
     sums: RoutingSums | None = None,
+    bias: NDArray[np.float32] | None = None,
 ) -> Score:
-    """Run every batch; routing is added to `sums`."""
-    score = Score()
+    """Run every batch; routing is added to `sums`, `bias` [V] to the logits of first answer tokens."""
+    score = Score(bias)
     for batch in batches:
         check()
         logits, stats = session.evaluate(batch, adapter)
