@@ -29,10 +29,6 @@ from edge.statistics import RoutingSums, Score
 from protocol import names
 from protocol.objective import Objective
 
-CONTROL = "scaffold."
-"""Before the name of a tensor: its control variate, in a lease's adapter (c), an update (change of c_i) and on the
-device (c_i)."""
-
 log = logging.getLogger(__name__)
 
 
@@ -255,8 +251,8 @@ def work(
         keep = {n: after_training[n] for n in trained if not objective.sends(n)}
         if control is not None:
             own, moved = control.renewed()
-            keep |= {CONTROL + n: value for n, value in own.items()}
-            changes = {CONTROL + n: value for n, value in moved.items()}
+            keep |= {names.SCAFFOLD + n: value for n, value in own.items()}
+            changes = {names.SCAFFOLD + n: value for n, value in moved.items()}
         reader = backend.open_evaluate(artifact, job.resident)
         try:
             after = evaluate(
@@ -285,7 +281,7 @@ def _control(
     """The control variates of what is sent, as far as their shape still is that of the slot."""
 
     def fitting(found: FloatArrays) -> FloatArrays:
-        named = {n: found[CONTROL + n] for n in sent if CONTROL + n in found}
+        named = {n: found[names.SCAFFOLD + n] for n in sent if names.SCAFFOLD + n in found}
         return {n: value for n, value in named.items() if value.shape == adapter[n].shape}
 
     return Control(sent, fitting(shared), fitting(kept))

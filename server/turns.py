@@ -13,7 +13,7 @@ from pathlib import Path
 
 from protocol.manifest import ManifestError, Shape
 from protocol.messages import Lease
-from server import adapters, closing, leases, views
+from server import adapters, closing, leases, scaffold, views
 from server.artifacts import Artifacts
 from server.config import Config
 from server.delivery import Delivery
@@ -81,11 +81,19 @@ class Turns:
             run=self._store.run,
             steps=c.steps,
             learning_rate=c.learning_rate,
-            router_learning_rate=c.router_learning_rate,
+            router_learning_rate=(
+                c.gate_rate_factor * c.learning_rate
+                if c.gate_rate_factor
+                else c.router_learning_rate
+            ),
             deadline=c.deadline,
             seed=c.seed,
             exploration=c.exploration,
             coverage=c.coverage,
+            gate_warmup=c.gate_warmup,
+            objective=c.objective,
+            uplink=c.uplink,
+            downlink=c.downlink,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
@@ -103,6 +111,7 @@ class Turns:
             version=self._version,
             adapter_folder=self._adapters,
             blob_folder=self._blobs,
+            trained_counts=counts,
         )
         self._store.open_round(command.round, made.items())
         log.info("round=%d %s opened: %d devices", command.round, command.work, len(made))
@@ -127,6 +136,7 @@ class Turns:
             beta=self._config.beta,
             rule=self._config.aggregate,
             prior=self._config.prior,
+            control=scaffold.read(self._adapters, version),
         )
         if folded.aggregated is not None:
             version += 1
@@ -137,6 +147,7 @@ class Turns:
                 folded.aggregated.adapter,
                 self._artifacts,
                 self._config.base_name,
+                folded.control,
             )
         line = views.history_line(
             round=command.round,
