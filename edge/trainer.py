@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from edge import slots
 from edge.adamw import AdamW
+from edge.balance_targets import Targets, evenness
 from edge.corrections import Control, pull_back
-from edge.data import Prompter, Row, evaluation_batches, training_batches
+from edge.data import Prompter, Row, by_label, evaluation_batches, training_batches
 from edge.session import (
     PLAIN,
     Artifact,
@@ -25,7 +26,7 @@ from edge.session import (
     Terms,
     TrainSession,
 )
-from edge.statistics import RoutingSums, Score
+from edge.statistics import LabelCounts, RoutingSums, Score
 from protocol import names
 from protocol.objective import Objective
 
@@ -122,8 +123,9 @@ def evaluate(
     first: NDArray[np.int64] | None,
     check: Callable[[], None],
     sums: RoutingSums | None = None,
+    counts: LabelCounts | None = None,
 ) -> Score:
-    """Run every batch; routing is added to `sums`."""
+    """Run every batch; routing is added to `sums`, and by label to `counts`."""
     score = Score()
     for batch in batches:
         check()
@@ -131,6 +133,8 @@ def evaluate(
         score.add(logits, batch, first)
         if sums is not None:
             sums.add(batch, stats)
+        if counts is not None:
+            counts.add(batch, stats)
     return score
 
 
@@ -141,12 +145,14 @@ def train(
     sums: RoutingSums,
     check: Callable[[], None],
     control: Control | None = None,
+    targets: Targets | None = None,
 ) -> tuple[float, float]:
     """Step through `batches`, changing the session's parameters; returns the first and the last loss.
 
     Parameters
     ----------
     control : SCAFFOLD's control variates, which take part in every step; None without
+    targets : of the heterogeneity-aware balance, which follow every step; None without
 
     Raises
     ------
@@ -170,6 +176,8 @@ def train(
         check()
         if not batch.weights.any():
             continue  # rows too short to hold an answer: the loss would be 0 / 0
+        if targets is not None:
+            terms = replace(terms, targets=targets.now())
         loss, routed = step(batch) if terms == PLAIN else step(batch, terms)
         gradients = session.gradients()
         if prox or control is not None:
@@ -182,6 +190,8 @@ def train(
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise TrainingError(f"step {len(losses) + 1}: loss {loss}, gradient norm {norm}")
         sums.add_routed(routed, job.trained)
+        if targets is not None:
+            targets.follow(routed)
         losses.append(loss)
     if not losses:
         raise TrainingError("no step could be made: every row is too short")
@@ -206,7 +216,7 @@ def work(
     ----------
     adapter : global names, what the slots start from
     check : called between batches; raises `Abandoned` to stop
-    shared : what else came with the lease's adapter: `scaffold.<name>`
+    shared : what else came with the lease's adapter: `scaffold.<name>`, `trained_counts`
     kept : `Result.kept` of former leases, the newest of each name
 
     Notes
@@ -218,16 +228,16 @@ def work(
     shared, kept = shared or {}, kept or {}
     adapter = with_kept(adapter, kept, objective)
     first = None if prompts.verbaliser is None else prompts.verbaliser.first
+    labels = 0 if prompts.verbaliser is None else len(prompts.verbaliser.labels)
     sums = RoutingSums(base.moe_layers, base.num_experts, job.resident)
+    counts = LabelCounts(base.moe_layers, base.num_experts, labels)
     reader = backend.open_evaluate(artifact, job.resident)
     try:
-        before = evaluate(
-            reader, adapter, evaluation_batches(prompts, held_back), first, check, sums
-        )
+        before = evaluate(reader, adapter, by_label(prompts, held_back), first, check, sums, counts)
         if job.work == "profile":
             order = np.random.default_rng(job.seed).permutation(len(train_rows))
             more = [train_rows[i] for i in order[: max(len(held_back), prompts.batch)]]
-            evaluate(reader, adapter, evaluation_batches(prompts, more), first, check, sums)
+            evaluate(reader, adapter, by_label(prompts, more), first, check, sums, counts)
     finally:
         reader.close()
     after, losses, steps, tensors = before, (before.loss, before.loss), 0, {}
@@ -241,7 +251,17 @@ def work(
             data = training_batches(prompts, train_rows, job.steps, rng)
             sent = [n for n in slots.names_of(job.trained, adapter) if objective.sends(n)]
             control = _control(sent, adapter, shared, kept) if objective.scaffold else None
-            losses = train(session, data, job, sums, check, control)
+            targets = None
+            if objective.target_balance:
+                targets = Targets(
+                    job.resident,
+                    sums.shares(),
+                    evenness((row.label for row in train_rows), labels),
+                    shared.get("trained_counts"),
+                    objective.target_mix,
+                    objective.target_kappa,
+                )
+            losses = train(session, data, job, sums, check, control, targets)
             after_training = {n: value.copy() for n, value in session.parameters().items()}
         finally:
             session.close()
@@ -260,9 +280,12 @@ def work(
             )
         finally:
             reader.close()
+    stats = sums.arrays()
+    if "label_information" in stats:
+        stats["label_information"] = counts.information()
     return Result(
         adapter=tensors,
-        stats=sums.arrays(),
+        stats=stats,
         tokens=sums.tokens,
         steps=steps,
         losses=losses,

@@ -170,3 +170,17 @@ def test_a_template_that_leaves_no_room(tokenizer):
     p = data.prompter(tokenizer, task, 1, 24, 2)
     with pytest.raises(DataError, match="leave no room"):
         p.assemble([Row("a", "sport")], None)
+
+
+def test_batches_of_one_label_as_far_as_they_fill_half(tokenizer):
+    prompts = data.prompter(tokenizer, Task(labels=LABELS), 4, 32, 1)
+    named = dict(zip("abc", LABELS, strict=True))
+    rows = [Row(f"x{i}", named[letter]) for i, letter in enumerate("abaabacababa")]
+    batches = list(data.by_label(prompts, rows))  # 7, 4 and 1, in the order of their names
+    labels = [["abc"[x] for x in b.labels if x >= 0] for b in batches]
+    assert labels == [["b"] * 4, ["a"] * 4, ["a"] * 3, ["c"]]
+    assert sum(b.valid.any(1).sum() for b in batches) == len(rows)
+    few = [Row(f"x{i}", label) for i, label in enumerate(LABELS)]
+    assert [int((b.labels >= 0).sum()) for b in data.by_label(prompts, few)] == [3]
+    plain = data.prompter(tokenizer, Task(template="{text}"), 4, 32, 1)
+    assert len(list(data.by_label(plain, [Row("one two three")] * 9))) == 3
