@@ -327,9 +327,7 @@ class Body:
         self, position: int, ids: Sequence[int], slots: Sequence[Slot]
     ) -> tuple[Tensor, Tensor]:
         """([P, 2f, d], [P, d, f]) in slot order."""
-        pairs = [
-            self.expert(position, e, slot.format) for e, slot in zip(ids, slots, strict=True)
-        ]
+        pairs = [self.expert(position, e, slot.format) for e, slot in zip(ids, slots, strict=True)]
         return torch.stack([up for up, _ in pairs]), torch.stack([down for _, down in pairs])
 
 
@@ -350,7 +348,9 @@ def open_body(artifact: Artifact) -> Body:
     blocks = {}
     for layer in base.moe_layers:
         router = router_of(dense, layer, base)["weight"]
-        block = RoutedBlock(router, renormalise, base.top_k, layer == base.config["num_hidden_layers"] - 1)
+        block = RoutedBlock(
+            router, renormalise, base.top_k, layer == base.config["num_hidden_layers"] - 1
+        )
         block.layer = layer
         blocks[layer] = block
         model.model.layers[layer].mlp = block
@@ -424,9 +424,7 @@ class RoutedSession:
     def logits(self, batch: Batch, terms: Terms = PLAIN) -> Tensor:
         """[B * K, V] without gradients and statistics."""
         with torch.no_grad():
-            return self.body.model.lm_head(
-                self.hidden(batch, terms, train=False, statistics=False)
-            )
+            return self.body.model.lm_head(self.hidden(batch, terms, train=False, statistics=False))
 
     def free_run(self) -> None:
         """Let the model be called as it is: every place counts, nothing is noted down."""

@@ -115,7 +115,9 @@ class TrainSession(Protocol):
     def parameters(self) -> FloatArrays:
         """Global name -> live alias: what is written to it is what the next step uses."""
 
-    def forward_backward(self, batch: Batch) -> tuple[float, dict[int, NDArray[np.float32]]]:
+    def forward_backward(
+        self, batch: Batch, terms: Terms = PLAIN
+    ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """Loss, and routed valid tokens per slot of each layer; the gradients are then ready."""
 
     def gradients(self) -> FloatArrays:

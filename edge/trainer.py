@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from edge import slots
 from edge.adamw import AdamW
+from edge.balance_targets import Targets, evenness
 from edge.corrections import Control, pull_back
-from edge.data import Prompter, Row, evaluation_batches, training_batches
+from edge.data import Prompter, Row, by_label, evaluation_batches, training_batches
 from edge.session import (
     PLAIN,
     Artifact,
@@ -25,13 +26,9 @@ from edge.session import (
     Terms,
     TrainSession,
 )
-from edge.statistics import RoutingSums, Score
+from edge.statistics import LabelCounts, RoutingSums, Score
 from protocol import names
 from protocol.objective import Objective
-
-CONTROL = "scaffold."
-"""Before the name of a tensor: its control variate, in a lease's adapter (c), an update (change of c_i) and on the
-device (c_i)."""
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +139,10 @@ def evaluate(
     first: NDArray[np.int64] | None,
     check: Callable[[], None],
     sums: RoutingSums | None = None,
+    counts: LabelCounts | None = None,
     bias: NDArray[np.float32] | None = None,
 ) -> Score:
-    """Run every batch; routing is added to `sums`, `bias` [V] to the logits of first answer tokens."""
+    """Run every batch; routing is added to `sums`, by label to `counts`, `bias` [V] to first answer tokens' logits."""
     score = Score(bias)
     for batch in batches:
         check()
@@ -152,6 +150,8 @@ def evaluate(
         score.add(logits, batch, first)
         if sums is not None:
             sums.add(batch, stats)
+        if counts is not None:
+            counts.add(batch, stats)
     return score
 
 
@@ -162,6 +162,7 @@ def train(
     sums: RoutingSums,
     check: Callable[[], None],
     control: Control | None = None,
+    targets: Targets | None = None,
     logit_bias: NDArray[np.float32] | None = None,
 ) -> tuple[float, float]:
     """Step through `batches`, changing the session's parameters; returns the first and the last loss.
@@ -169,6 +170,8 @@ def train(
     Parameters
     ----------
     control : SCAFFOLD's control variates, which take part in every step; None without
+    targets : of the heterogeneity-aware balance, which follow every step; None without
+    logit_bias : [V], see `label_bias`
 
     Raises
     ------
@@ -181,8 +184,6 @@ def train(
     if logit_bias is not None:
         terms = replace(terms, logit_bias=logit_bias)
     start = {n: parameters[n].copy() for n in wanted} if prox else {}
-    # Backends that know no terms yet still train plainly.
-    step: Callable[..., tuple[float, dict[int, NDArray[np.float32]]]] = session.forward_backward
     optimizer = AdamW(
         {
             name: job.router_learning_rate if ".router." in name else job.learning_rate
@@ -194,7 +195,9 @@ def train(
         check()
         if not batch.weights.any():
             continue  # rows too short to hold an answer: the loss would be 0 / 0
-        loss, routed = step(batch, terms)
+        if targets is not None:
+            terms = replace(terms, targets=targets.now())
+        loss, routed = session.forward_backward(batch, terms)
         gradients = session.gradients()
         if prox or control is not None:
             gradients = {n: gradients[n].copy() for n in wanted}
@@ -206,6 +209,8 @@ def train(
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise TrainingError(f"step {len(losses) + 1}: loss {loss}, gradient norm {norm}")
         sums.add_routed(routed, job.trained)
+        if targets is not None:
+            targets.follow(routed)
         losses.append(loss)
     if not losses:
         raise TrainingError("no step could be made: every row is too short")
@@ -230,7 +235,7 @@ def work(
     ----------
     adapter : global names, what the slots start from
     check : called between batches; raises `Abandoned` to stop
-    shared : what else came with the lease's adapter: `scaffold.<name>`
+    shared : what else came with the lease's adapter: `scaffold.<name>`, `trained_counts`
     kept : `Result.kept` of former leases, the newest of each name
 
     Notes
@@ -242,16 +247,19 @@ def work(
     shared, kept = shared or {}, kept or {}
     adapter = with_kept(adapter, kept, objective)
     first = None if prompts.verbaliser is None else prompts.verbaliser.first
+    labels = 0 if prompts.verbaliser is None else len(prompts.verbaliser.labels)
     sums = RoutingSums(base.moe_layers, base.num_experts, job.resident)
+    counts = LabelCounts(base.moe_layers, base.num_experts, labels)
+    bias = label_bias(prompts, train_rows, objective.label_prior)
     reader = backend.open_evaluate(artifact, job.resident)
     try:
         before = evaluate(
-            reader, adapter, evaluation_batches(prompts, held_back), first, check, sums
+            reader, adapter, by_label(prompts, held_back), first, check, sums, counts, bias
         )
         if job.work == "profile":
             order = np.random.default_rng(job.seed).permutation(len(train_rows))
             more = [train_rows[i] for i in order[: max(len(held_back), prompts.batch)]]
-            evaluate(reader, adapter, evaluation_batches(prompts, more), first, check, sums)
+            evaluate(reader, adapter, by_label(prompts, more), first, check, sums, counts, bias)
     finally:
         reader.close()
     after, losses, steps, tensors = before, (before.loss, before.loss), 0, {}
@@ -265,8 +273,17 @@ def work(
             data = training_batches(prompts, train_rows, job.steps, rng)
             sent = [n for n in slots.names_of(job.trained, adapter) if objective.sends(n)]
             control = _control(sent, adapter, shared, kept) if objective.scaffold else None
-            bias = label_bias(prompts, train_rows, objective.label_prior)
-            losses = train(session, data, job, sums, check, control, bias)
+            targets = None
+            if objective.target_balance:
+                targets = Targets(
+                    job.resident,
+                    sums.shares(),
+                    evenness((row.label for row in train_rows), labels),
+                    shared.get("trained_counts"),
+                    objective.target_mix,
+                    objective.target_kappa,
+                )
+            losses = train(session, data, job, sums, check, control, targets, bias)
             after_training = {n: value.copy() for n, value in session.parameters().items()}
         finally:
             session.close()
@@ -276,18 +293,26 @@ def work(
         keep = {n: after_training[n] for n in trained if not objective.sends(n)}
         if control is not None:
             own, moved = control.renewed()
-            keep |= {CONTROL + n: value for n, value in own.items()}
-            changes = {CONTROL + n: value for n, value in moved.items()}
+            keep |= {names.SCAFFOLD + n: value for n, value in own.items()}
+            changes = {names.SCAFFOLD + n: value for n, value in moved.items()}
         reader = backend.open_evaluate(artifact, job.resident)
         try:
             after = evaluate(
-                reader, after_training, evaluation_batches(prompts, held_back), first, check
+                reader,
+                after_training,
+                evaluation_batches(prompts, held_back),
+                first,
+                check,
+                bias=bias,
             )
         finally:
             reader.close()
+    stats = sums.arrays()
+    if "label_information" in stats:
+        stats["label_information"] = counts.information()
     return Result(
         adapter=tensors,
-        stats=sums.arrays(),
+        stats=stats,
         tokens=sums.tokens,
         steps=steps,
         losses=losses,
@@ -306,7 +331,7 @@ def _control(
     """The control variates of what is sent, as far as their shape still is that of the slot."""
 
     def fitting(found: FloatArrays) -> FloatArrays:
-        named = {n: found[CONTROL + n] for n in sent if CONTROL + n in found}
+        named = {n: found[names.SCAFFOLD + n] for n in sent if names.SCAFFOLD + n in found}
         return {n: value for n, value in named.items() if value.shape == adapter[n].shape}
 
     return Control(sent, fitting(shared), fitting(kept))

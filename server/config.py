@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from protocol import schema
 from protocol.chunks import CHUNK_BYTES
 from protocol.messages import Task
+from protocol.objective import Objective
 from server.broker import KINDS
 from server.rules import Gate, Lora, Members, Robust, Rules, SignConflict, Weighting
 
@@ -21,6 +22,8 @@ _EXAMPLE = """example:
   (task.json: {"template": "Text: {text}\\nTopic:", "labels": ["sports", "music"]})"""
 INITIAL = ("profile", "prior", "random")
 STRUCTURES = ("none", "freeze", "retry")
+UPLINKS: tuple[Literal["float32", "int8", "int4"], ...] = ("float32", "int8", "int4")
+DOWNLINKS: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
 
 
 class ConfigError(ValueError):
@@ -44,6 +47,11 @@ class Config:
     steps: int = 20
     learning_rate: float = 3e-3
     router_learning_rate: float = 3e-4
+    gate_rate_factor: float = 0.0
+    gate_warmup: int = 0
+    objective: Objective = Objective()
+    uplink: Literal["float32", "int8", "int4"] = "float32"
+    downlink: Literal["float32", "float16"] = "float32"
     min_updates: int = 1
     min_devices: int = 1
     deadline: float = 600.0
@@ -123,6 +131,19 @@ def _parser() -> argparse.ArgumentParser:
     flag("steps", "optimiser steps per lease")
     flag("learning_rate", "of the LoRA factors")
     flag("router_learning_rate", "of the router rows")
+    flag(
+        "gate_rate_factor",
+        "router rows learn at this share of --learning-rate; 0: as --router-learning-rate says",
+    )
+    flag("gate_warmup", "first training rounds in which router rows do not learn", metavar="N")
+    p.add_argument(
+        "--objective",
+        type=Path,
+        metavar="FILE.json",
+        help="local objective: what differs from plain cross entropy, see protocol/objective.py",
+    )
+    flag("uplink", "how updates are coded, with error feedback", choices=UPLINKS, metavar=None)
+    flag("downlink", "type of the adapter on its way down", choices=DOWNLINKS, metavar=None)
     flag("min_updates", "updates a round needs to close at its deadline")
     flag("min_devices", "devices to wait for before the first round")
     flag("deadline", "seconds a round may take", metavar="SECONDS")
@@ -180,6 +201,18 @@ def read_task(path: Path) -> Task:
     return task
 
 
+def read_objective(path: Path) -> Objective:
+    """Read an objective file; raises ConfigError."""
+    try:
+        return schema.from_dict(Objective, json.loads(path.read_bytes()), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except schema.SchemaError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
 def check(config: Config) -> Config:
     """Refuse values out of range; raises ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.fleet):
@@ -190,6 +223,8 @@ def check(config: Config) -> Config:
         "steps": (1, 10**7),
         "learning_rate": (0, 10),
         "router_learning_rate": (0, 10),
+        "gate_rate_factor": (0, 100),
+        "gate_warmup": (0, 100000),
         "min_updates": (1, 10**6),
         "min_devices": (1, 10**6),
         "deadline": (0.1, 10**7),
@@ -233,7 +268,9 @@ def parse(argv: Sequence[str] | None) -> Config:
         From argparse: unknown flags, --help.
     """
     values = vars(_parser().parse_args(argv))
-    task = values.pop("task")
+    task, objective = values.pop("task"), values.pop("objective")
     if task is not None:
         values["task"] = read_task(task)
+    if objective is not None:
+        values["objective"] = read_objective(objective)
     return check(Config(**values))

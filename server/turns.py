@@ -15,8 +15,7 @@ import numpy as np
 
 from protocol.manifest import ManifestError, Shape
 from protocol.messages import Lease
-from protocol.objective import Objective
-from server import adapters, closing, leases, prediction, stage_two, submodels, views
+from server import adapters, closing, leases, prediction, scaffold, stage_two, submodels, views
 from server.artifacts import Artifacts
 from server.config import Config
 from server.delivery import Delivery
@@ -86,12 +85,19 @@ class Turns:
             run=self._store.run,
             steps=c.steps,
             learning_rate=c.learning_rate,
-            router_learning_rate=c.router_learning_rate,
+            router_learning_rate=(
+                c.gate_rate_factor * c.learning_rate
+                if c.gate_rate_factor
+                else c.router_learning_rate
+            ),
             deadline=c.deadline,
             seed=c.seed,
             exploration=c.exploration,
             coverage=c.coverage,
-            objective=c.rules.objective(Objective(), command.round),
+            gate_warmup=c.gate_warmup,
+            objective=c.rules.objective(c.objective, command.round),
+            uplink=c.uplink,
+            downlink=c.downlink,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
@@ -120,6 +126,7 @@ class Turns:
             adapter_folder=self._adapters,
             blob_folder=self._blobs,
             held={device: state.held for device, state in states.items()},
+            trained_counts=counts,
         )
         self._store.open_round(command.round, made.items(), stage_two.stored(states))
         log.info("round=%d %s opened: %d devices", command.round, command.work, len(made))
@@ -148,6 +155,7 @@ class Turns:
             beta=self._config.beta,
             rules=self._config.rules,
             routers=self._artifacts.routers(),
+            control=scaffold.read(self._adapters, version),
         )
         if folded.aggregated is not None:
             version += 1
@@ -158,6 +166,7 @@ class Turns:
                 folded.aggregated.adapter,
                 self._artifacts,
                 self._config.base_name,
+                folded.control,
             )
         states, changes = self.stage_two.changed(
             accepted if command.work == "train" else {},

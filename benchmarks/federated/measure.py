@@ -58,9 +58,7 @@ def measure(
         weight += float(share.sum())
         if first is not None:
             guess = logits.view(*batch.targets.shape, -1)[: len(there), 0][:, first].argmax(-1)
-            right += [
-                task.labels[int(g)] == row.label for g, row in zip(guess, there, strict=True)
-            ]
+            right += [task.labels[int(g)] == row.label for g, row in zip(guess, there, strict=True)]
     scores = {"answer_loss": nll / max(weight, 1e-9)}
     if task.labels:
         scores["accuracy"] = float(np.mean(right)) if right else 0.0

@@ -24,7 +24,9 @@ ORACLE_ROWS = 16
 KINDS = ("phone_4gb", "pixel_8", "galaxy_s24", "raspberry_pi_5", "jetson_orin_nano", "jetson_orin")
 
 
-def _cached(path: Path, make: Callable[[], dict[str, NDArray[np.float64]]]) -> Mapping[str, NDArray[np.float64]]:
+def _cached(
+    path: Path, make: Callable[[], dict[str, NDArray[np.float64]]]
+) -> Mapping[str, NDArray[np.float64]]:
     """Arrays by name; made once per file, whole or not at all."""
     if path.is_file():
         with np.load(path, allow_pickle=False) as found:
@@ -78,9 +80,9 @@ def oracle(world: World, backend: RoutedBackend, cache: Path) -> dict[str, NDArr
             task = world.tasks[client.tasks[0]]
 
             def loss(rows: list = rows, task: object = task) -> float:
-                return measure.measure(
-                    session, world.prompts, task, rows, generate=False
-                ).scores["answer_loss"]
+                return measure.measure(session, world.prompts, task, rows, generate=False).scores[
+                    "answer_loss"
+                ]
 
             full = loss()
             value = np.zeros((len(index.moe_layers), index.num_experts))
@@ -93,9 +95,7 @@ def oracle(world: World, backend: RoutedBackend, cache: Path) -> dict[str, NDArr
         return found
 
     path = cache / f"oracle-{world.suite.number}-{world.seed}.npz"
-    return {
-        name: _shares(np.maximum(value, 0)) for name, value in _cached(path, make).items()
-    }
+    return {name: _shares(np.maximum(value, 0)) for name, value in _cached(path, make).items()}
 
 
 def _shares(x: NDArray[np.float64]) -> NDArray[np.float64]:

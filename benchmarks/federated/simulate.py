@@ -223,9 +223,7 @@ class Run:
         # The first experts come with the artifact, whatever the method.
         return size + (0 if first else len(new) * blob)
 
-    def uploaded(
-        self, client: str, before: Adapter, result: trainer.Result
-    ) -> tuple[Adapter, int]:
+    def uploaded(self, client: str, before: Adapter, result: trainer.Result) -> tuple[Adapter, int]:
         """What the server gets of an update, and its bytes on the wire."""
         kind = self.method.uplink
         sent = result.adapter
@@ -257,9 +255,7 @@ class Run:
             resident = self.resident(chosen[name])
             part = self.slice(name, resident)
             down += self.downloaded(name, resident, part)
-            seconds[name] = profiles.device_seconds(
-                world, name, self.shapes[name], suite.steps
-            )
+            seconds[name] = profiles.device_seconds(world, name, self.shapes[name], suite.steps)
             if name in failed:
                 continue
             trained = self.trains(resident)
@@ -325,9 +321,7 @@ class Run:
             "missed_mass": float(np.mean(missed)) if missed else 0.0,
         }
         if contributions:
-            projections = (
-                self.index.projections if method.trains == "experts" else ("adapter",)
-            )
+            projections = self.index.projections if method.trains == "experts" else ("adapter",)
             folded = aggregate(fleet.adapter, contributions, projections, method.rules)
             fleet.adapter = folded.adapter
             line |= {"tail_mean": folded.tail_mean}
@@ -400,14 +394,18 @@ class Run:
 
     def device_scores(self, round: int, *, generate: bool) -> Iterator[Line]:
         """Every client's own sub-MoE on its own held-back rows: what the owner of the device gets."""
-        chosen = choose_experts.choose(
-            self._own_values(),
-            {name: shape.slots for name, shape in self.shapes.items()},
-            top_k=self.index.top_k,
-            coverage=0.0,
-            seed=self.world.seed,
-            former={},
-        ) if self.method.coverage else self.choose(round)
+        chosen = (
+            choose_experts.choose(
+                self._own_values(),
+                {name: shape.slots for name, shape in self.shapes.items()},
+                top_k=self.index.top_k,
+                coverage=0.0,
+                seed=self.world.seed,
+                former={},
+            )
+            if self.method.coverage
+            else self.choose(round)
+        )
         for name in self.clients:
             resident = self.resident(chosen[name])
             part = trainer.with_kept(
@@ -420,7 +418,12 @@ class Run:
             by_task = self._by_task(self.clients[name])
             for task, rows in by_task.items():
                 found = measure.measure(
-                    session, self.world.prompts, self.world.tasks[task], rows, terms, generate=generate
+                    session,
+                    self.world.prompts,
+                    self.world.tasks[task],
+                    rows,
+                    terms,
+                    generate=generate,
                 )
                 for metric, value in found.scores.items():
                     yield {

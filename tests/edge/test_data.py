@@ -235,3 +235,17 @@ def test_the_base_ends_free_answers_and_labels_stay_as_they_were(tokenizer):
     assert labelled.row(Row("x", "sport"), None) == without.row(Row("x", "sport"), None)
     with pytest.raises(DataError, match="answers are free text, 3 labels found"):
         data.prompter(tokenizer, Task(labels=LABELS, answer="text"), 1, 24, 2)
+
+
+def test_batches_of_one_label_as_far_as_they_fill_half(tokenizer):
+    prompts = data.prompter(tokenizer, Task(labels=LABELS), 4, 32, 1)
+    named = dict(zip("abc", LABELS, strict=True))
+    rows = [Row(f"x{i}", named[letter]) for i, letter in enumerate("abaabacababa")]
+    batches = list(data.by_label(prompts, rows))  # 7, 4 and 1, in the order of their names
+    labels = [["abc"[x] for x in b.labels if x >= 0] for b in batches]
+    assert labels == [["b"] * 4, ["a"] * 4, ["a"] * 3, ["c"]]
+    assert sum(b.valid.any(1).sum() for b in batches) == len(rows)
+    few = [Row(f"x{i}", label) for i, label in enumerate(LABELS)]
+    assert [int((b.labels >= 0).sum()) for b in data.by_label(prompts, few)] == [3]
+    plain = data.prompter(tokenizer, Task(template="{text}"), 4, 32, 1)
+    assert len(list(data.by_label(plain, [Row("one two three")] * 9))) == 3

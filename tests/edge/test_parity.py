@@ -72,9 +72,7 @@ def test_executorch_trains_as_torch_does(lowered, setting):
 
 def test_routed_torch_trains_as_torch_does(lowered, setting):
     losses, routed, wanted = trained(load_backend("torch"), lowered, setting, 20)
-    found_losses, found_routed, found = trained(
-        load_backend("torch-routed"), lowered, setting, 20
-    )
+    found_losses, found_routed, found = trained(load_backend("torch-routed"), lowered, setting, 20)
     np.testing.assert_allclose(found_losses, losses, atol=1e-4)
     for one, other in zip(routed, found_routed, strict=True):
         for layer in RESIDENT:

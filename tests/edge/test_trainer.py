@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge import slots, trainer
-from edge.data import Row, prompter
+from edge.data import Row, by_label, prompter
 from edge.session import LayerStats, load_backend
 from protocol.messages import Task
 from protocol.objective import Objective
@@ -106,8 +106,8 @@ def test_only_trained_experts_move_and_are_sent(artifact, setting):
     assert result.before[0] == pytest.approx(np.log(artifact.base.vocabulary))
 
 
-@pytest.mark.parametrize(("work", "batches"), [("profile", 3), ("evaluate", 1)])
-def test_measuring_sends_no_adapter(artifact, setting, work, batches):
+@pytest.mark.parametrize("work", ["profile", "evaluate"])
+def test_measuring_sends_no_adapter(artifact, setting, work):
     fake = Fake(artifact)
     result = run(fake, artifact, setting, work=work)
     assert fake.order == ["evaluate"]
@@ -115,7 +115,13 @@ def test_measuring_sends_no_adapter(artifact, setting, work, batches):
     assert result.steps == 0
     assert result.before == result.after
     # Every batch gave one per expert: the held-back rows alone, or as many training rows as well.
-    assert result.stats["mass"][0, 0] == (1 if work == "evaluate" else 2)
+    prompts, rows, _, job = setting
+    looked_at = [rows[7:]]
+    if work == "profile":
+        order = np.random.default_rng(job.seed).permutation(7)
+        looked_at.append([rows[i] for i in order[: prompts.batch]])
+    batches = sum(len(list(by_label(prompts, part))) for part in looked_at)
+    assert result.stats["mass"][0, 0] == batches
 
 
 def test_a_loss_that_is_not_finite_ends_the_lease(artifact, setting):
@@ -222,3 +228,61 @@ def test_control_variates_come_and_go(artifact, setting):
     # 1 - 1 - 0.25 < 0: this row goes up, the others, uncorrected, down.
     assert (result.adapter[name] > 0).all()
     assert (result.adapter["layers.0.router.0"] < 0).all()
+
+
+def test_the_targets_of_the_balance_follow_the_steps(artifact, setting):
+    """The session gets terms only when there are some; a device of one label is asked for the routing it has."""
+
+    class Listening(Fake):
+        heard = ()
+
+        def forward_backward(self, batch, *terms):
+            self.heard = (*self.heard, terms)
+            routed = {0: np.float32([8, 0, 0, 0]), 1: np.float32([1, 1, 2])}
+            return super().forward_backward(batch)[0], routed
+
+    plain = Listening(artifact)
+    run(plain, artifact, setting)
+    assert plain.heard == ((),) * 3
+    prompts, rows, adapter, job = setting
+    job = dataclasses.replace(job, objective=Objective(target_balance=0.1, z_loss=0.5))
+    for text, level in (("sport", False), (None, True)):
+        mine = [Row(r.text, text or r.label) for r in rows]
+        listening = Listening(artifact)
+        trainer.work(listening, artifact, adapter, job, prompts, mine[:7], mine[7:], lambda: None)
+        first, last = listening.heard[0][0], listening.heard[-1][0]
+        assert (first.target_balance, first.z_loss, first.cap) == (0.1, 0.5, 0)
+        np.testing.assert_allclose(first.targets[0], [0.25] * 4)  # the fake's router is even
+        want = [0.25] * 4 if level else [0.25 * 0.81 + 0.19, *[0.25 * 0.81] * 3]
+        np.testing.assert_allclose(last.targets[0], want, atol=0.005)
+
+
+def test_output_scales_are_trained_and_stay(artifact, setting):
+    class Scaled(Fake):
+        def open_train(self, artifact, resident):
+            super().open_train(artifact, resident)
+            self.values |= {f"layers.{n}.output_scale": np.ones(1, np.float32) for n in (0, 1)}
+            return self
+
+        def load(self, adapter):
+            super().load(
+                {
+                    "layers.0.output_scale": np.ones(1),
+                    "layers.1.output_scale": np.ones(1),
+                    **adapter,
+                }
+            )
+
+    prompts, rows, adapter, job = setting
+    still = Scaled(artifact)
+    assert run(still, artifact, setting).kept == {}
+    assert still.values["layers.0.output_scale"] == 1
+    job = dataclasses.replace(job, objective=Objective(output_scale=True))
+    kept = {"layers.0.output_scale": np.full(1, 2, np.float32)}
+    result = trainer.work(
+        Scaled(artifact), artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None, kept=kept
+    )  # fmt: skip
+    assert set(result.kept) == {"layers.0.output_scale", "layers.1.output_scale"}
+    assert result.kept["layers.0.output_scale"] == pytest.approx(1.7, abs=1e-3)
+    assert result.kept["layers.1.output_scale"] == pytest.approx(0.7, abs=1e-3)
+    assert not any("scale" in n for n in result.adapter)
