@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ class Beside(nn.Module):  # type: ignore[misc]
             valid = run.valid[:, None]
             self.routed = ((share > 0) * valid).sum(0).detach()
             self.loss = self._loss(logits, p, run.terms, run.valid, k)
+        # The frozen router has no objective of its own.
+        self.block.run = replace(run, terms=PLAIN)
         return self.block(hidden) + beside.view(hidden.shape)
 
     def _loss(self, logits: Tensor, p: Tensor, terms: Terms, valid: Tensor, k: int) -> Tensor:
@@ -163,12 +166,14 @@ class ProbeSession(_Frozen):
             torch.zeros(index.vocabulary, PROBE_RANK, requires_grad=True),
         ]
         self.first = index.moe_layers[0]
+        self.row = torch.zeros(index.hidden, requires_grad=True)  # every expert has one; nothing reads it
 
     def _trained(self, array: Any) -> FloatArrays:
-        return {
+        found = {
             names.lora(self.first, 0, "adapter", factor): array(tensor)
             for factor, tensor in zip(names.FACTORS, self.factors, strict=True)
         }
+        return {**found, names.router_row(self.first, 0): array(self.row)}
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits with the probe's part."""
@@ -179,8 +184,8 @@ class ProbeSession(_Frozen):
         self, batch: Batch, terms: Terms = PLAIN
     ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """See `TrainSession`."""
-        for tensor in self.factors:
-            tensor.grad = None
+        for tensor in (*self.factors, self.row):
+            tensor.grad = torch.zeros_like(tensor)
         with torch.no_grad():
             hidden = self.frozen(batch, terms, False)
         loss = self._loss(hidden, batch)

@@ -35,12 +35,14 @@ def measure(
     rows: Sequence[Row],
     terms: Terms = PLAIN,
     *,
+    bias: NDArray[np.float32] | None = None,
     generate: bool = True,
 ) -> Measured:
     """Score rows of one task under the adapter that the session has loaded.
 
     Accuracy chooses the label whose first token is the likeliest of all labels'. F1 and ROUGE-2 are of greedy
-    answers of at most K tokens, and are left out without `generate`. `answer_loss` is nats per answer token.
+    answers of at most K tokens, and are left out without `generate`. `answer_loss` is nats per answer token. `bias` [V]
+    is what a device adds to the logits of the first answer token (`Objective.label_prior`).
     """
     nll, weight, right = 0.0, 0.0, []
     first = None
@@ -51,6 +53,8 @@ def measure(
     ):
         there = rows[at : at + prompts.batch]
         logits = session.logits(batch, terms)
+        if bias is not None:
+            logits.view(*batch.targets.shape, -1)[:, 0] += torch.from_numpy(bias)
         log = F.log_softmax(logits, -1)
         picked = log.gather(1, torch.from_numpy(batch.targets).reshape(-1, 1))[:, 0]
         share = torch.from_numpy(batch.weights).reshape(-1)

@@ -135,7 +135,7 @@ _METHODS = (
 METHODS = {method.name: method for method in _METHODS}
 
 SELECTION = tuple(
-    replace(OURS, name=name, tuned_as="ours", coverage=0.0, **how)  # type: ignore[arg-type]
+    replace(OURS, **{"name": name, "tuned_as": "ours", "coverage": 0.0, **how})  # type: ignore[arg-type]
     for name, how in {
         "random": {"holds": "random", "profile": False},
         "frequency": {"relevance": "frequency", "beta": 0.0},

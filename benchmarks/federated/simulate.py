@@ -19,16 +19,24 @@ from numpy.typing import NDArray
 from benchmarks.federated import baselines, measure, metrics, partitions, profiles
 from benchmarks.federated.methods import Method
 from benchmarks.federated.partitions import Client
-from benchmarks.federated.world import World, text_prompts
+from benchmarks.federated.world import World
 from edge import feedback, trainer
 from edge.data import first_by_hash
 from edge.routed_torch import RoutedBackend, RoutedSession
 from edge.session import Resident, Terms
 from export import costs
-from protocol import lora, names, tensors, update, uplink
+from protocol import names, tensors, uplink
 from protocol.manifest import Shape, Slot
 from protocol.objective import Objective
-from server import adapters, choose_experts, expert_values, threshold
+from server import (
+    adapters,
+    choose_experts,
+    expert_values,
+    scaffold,
+    similarity,
+    structure,
+    threshold,
+)
 from server.aggregate import aggregate
 from server.contribution import from_stats
 
@@ -36,6 +44,7 @@ Adapter = dict[str, NDArray[np.float32]]
 Line = dict[str, Any]
 Floats = NDArray[np.float64]
 EVALUATE_EVERY = 5
+MEASURED = 16  # held-back rows that a client looks at before and after its training
 FORGETTING = "heldout"
 
 
@@ -55,7 +64,10 @@ class Fleet:
     blobs: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
     kept: dict[str, Adapter] = field(default_factory=dict)
     carried: dict[str, Adapter] = field(default_factory=dict)
-    tokens: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    control: scaffold.Control = scaffold.NOTHING
+    structures: dict[str, structure.State] = field(default_factory=dict)
+    activations: dict[str, Floats] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -70,8 +82,8 @@ class Run:
         self.own = baselines.BaselineBackend(method.trains) if method.trains != "experts" else None
         self.prior = np.asarray(self.index.routing_prior, np.float64)
         self.clients = {client.name: client for client in world.clients}
-        stats = profiles.load_or_make(world, self.backend, cache) if method.profile else {}
-        self.values = {name: self._values(s) for name, s in stats.items()}
+        self.stats = profiles.load_or_make(world, self.backend, cache) if method.profile else {}
+        self.values = {name: self._values(s) for name, s in self.stats.items()}
         if method.relevance == "oracle":
             self.values = profiles.oracle(world, self.backend, cache)
         self.fleet = Fleet(
@@ -80,7 +92,10 @@ class Run:
             trained=np.zeros((self.layers, self.experts)),
             updates=np.zeros((self.layers, self.experts), np.int64),
         )
+        self.fleet.activations = {n: similarity.activation(s) for n, s in self.stats.items()}
+        self.room = {name: self._room(name) for name in self.clients}
         self.shapes = {name: self._shape(name) for name in self.clients}
+        self.prompts = {name: world.prompts_of(c) for name, c in self.clients.items()}
         self.rows = {name: world.rows(c, "train") for name, c in self.clients.items()}
         self.held_back = {
             name: first_by_hash(world.rows(c, "held_back"), world.suite.held_back)
@@ -94,21 +109,29 @@ class Run:
             return baselines.fresh(self.method.trains, self.index)
         return adapters.fresh(self.index, self.method.rank)
 
+    def _room(self, client: str) -> int:
+        """Experts in all layers together whose predicted peak is within the client's budget."""
+        count, budget = self.experts, self.world.budget_bytes(client)
+        while count > self.index.top_k and self.predicted(self._even(count)) > budget:
+            count -= 1
+        return count * self.layers
+
     def _shape(self, client: str) -> Shape:
-        """The largest shape of this method whose predicted peak is within the client's budget."""
+        """What the client's program has room for under this method."""
         method, index = self.method, self.index
         if method.holds == "all":
-            return self.world.shape([self.experts] * self.layers, method.rank)
+            return self._even(self.experts)
         if method.holds == "dense":
             # The others' budgets are larger, but a model for everyone must fit the smallest device.
-            return self.world.shape([index.top_k] * self.layers, method.rank)
-        count = self.experts
-        budget = self.world.budget_bytes(client)
-        while count > index.top_k and self.predicted(self._even(count)) > budget:
-            count -= 1
+            return self._even(index.top_k)
         if method.holds == "theta":
-            return self._by_threshold(client, count)
-        return self._even(count)
+            total = max(
+                index.top_k * self.layers, int(self.room[client] * (1 - method.reserve))
+            )
+            p = np.maximum(self.fleet.values[client], 0)
+            kept = threshold.widest(p, np.ones_like(p), total, top_k=index.top_k)
+            return self.world.shape([len(ids) for ids in kept.experts], method.rank)
+        return self._even(self.room[client] // self.layers)
 
     def _even(self, count: int) -> Shape:
         shape = self.world.shape([count] * self.layers, self.method.rank)
@@ -134,16 +157,6 @@ class Run:
             total += 2 * 4 * costs.parameter_floats(self.index, shape)
         return total
 
-    def _by_threshold(self, client: str, count: int) -> Shape:
-        """FedMoE's stage 1: as many experts as the threshold asks for in each layer, within the same total."""
-        p = self.fleet.values[client]
-        total = max(
-            self.index.top_k * self.layers,
-            int(count * self.layers * (1 - self.method.reserve)),
-        )
-        kept = threshold_counts(p, total, self.index.top_k)
-        return self.world.shape(kept, self.method.rank)
-
     def _values(self, stats: Mapping[str, NDArray[np.float32]]) -> Floats:
         return expert_values.values(stats, self.method.beta, relevance=self.method.relevance)
 
@@ -161,14 +174,17 @@ class Run:
         else:
             bonus = expert_values.exploration_bonus(fleet.updates, round, method.exploration)
             value = {name: v + bonus for name, v in fleet.values.items()}
-        return choose_experts.choose(
+        chosen = choose_experts.choose(
             value,
             {name: shape.slots for name, shape in self.shapes.items()},
             top_k=top_k,
             coverage=method.coverage,
             seed=self.world.seed,
-            former=fleet.former,
+            former=fleet.former if method.structure == "none" else None,
         )
+        for name, state in fleet.structures.items():
+            chosen[name] = [list(ids) for ids in state.held]
+        return chosen
 
     def objective(self, client: str, round: int) -> Objective:
         """The local objective of a lease."""
@@ -245,49 +261,30 @@ class Run:
         world, suite, method, fleet = self.world, self.world.suite, self.method, self.fleet
         rng = np.random.default_rng([suite.number, world.seed, round])
         drawn = partitions.sample_round(rng, world.clients, suite.setting, suite.per_round)
+        seeds = {name: int(rng.integers(2**31)) for name in drawn}
         failed = partitions.failures(rng, drawn, suite.failures)
         chosen = self.choose(round)
         fleet.former = chosen
         contributions, losses, seconds, missed = [], [], {}, []
-        up = down = 0
-        gate = 0.0 if round <= method.warmup else method.learning_rate * method.router_factor
+        moved: dict[str, Adapter] = {}
+        up = down = parameters = 0
         for name in drawn:
             resident = self.resident(chosen[name])
             part = self.slice(name, resident)
-            down += self.downloaded(name, resident, part)
+            shared = scaffold.part_for(fleet.control, part) if method.objective.scaffold else {}
+            down += self.downloaded(name, resident, {**part, **shared})
             seconds[name] = profiles.device_seconds(world, name, self.shapes[name], suite.steps)
             if name in failed:
                 continue
-            trained = self.trains(resident)
-            job = trainer.Job(
-                work="train",
-                resident=trained,
-                trained=trained,
-                steps=suite.steps,
-                learning_rate=method.learning_rate,
-                router_learning_rate=gate,
-                seed=int(rng.integers(2**31)),
-                objective=self.objective(name, round),
-            )
-            artifact = self.base.artifact(self.shapes[name])
-            backend: Any = self.backend
-            if self.own is not None:
-                backend, self.own.frozen = self.own, resident
-            result = trainer.work(
-                backend,
-                artifact,
-                part,
-                job,
-                world.prompts,
-                self.rows[name],
-                self.held_back[name][:16],
-                nothing,
-                None,
-                fleet.kept.get(name),
-            )
+            result = self.train(name, round, resident, part, shared, seeds[name])
             fleet.kept.setdefault(name, {}).update(result.kept)
             sent, size = self.uploaded(name, part, result)
             up += size
+            parameters += sum(value.size for value in sent.values())
+            if result.control:
+                moved[name] = {
+                    n.removeprefix(names.SCAFFOLD): v for n, v in result.control.items()
+                }
             contributions.append(
                 from_stats(
                     name,
@@ -312,6 +309,7 @@ class Run:
             "failed": failed,
             "bytes_up": up,
             "bytes_down": down,
+            "parameters_up": parameters,
             "device_seconds": seconds,
             "loss_first": float(np.mean([x[0] for x in losses])) if losses else None,
             "loss_last": float(np.mean([x[1] for x in losses])) if losses else None,
@@ -324,21 +322,108 @@ class Run:
             projections = self.index.projections if method.trains == "experts" else ("adapter",)
             folded = aggregate(fleet.adapter, contributions, projections, method.rules)
             fleet.adapter = folded.adapter
-            line |= {"tail_mean": folded.tail_mean}
+            if moved:
+                shapes = {n: v.shape for n, v in folded.adapter.items()}
+                fleet.control = scaffold.advance(fleet.control, moved, shapes)
+            consistency = list(folded.consistency.values())
+            bias = list(folded.bias.values())
+            line |= {
+                "tail_mean": folded.tail_mean,
+                "routing_consistency": float(np.mean(consistency)) if consistency else None,
+                "factor_bias": float(np.mean(bias)) if bias else None,
+                "gate_drift": float(np.mean(list(folded.gate_drift.values()) or [0.0])),
+                "structure": fleet.changes,
+            }
+            fleet.changes = []
         return line
 
-    def _learn(self, name: str, result: trainer.Result) -> None:
-        """Statistics that came with an update change what the server thinks of the experts."""
-        method, fleet = self.method, self.fleet
-        if method.trains != "experts" or not method.profile or method.relevance == "oracle":
-            return
-        fresh = self._values({**result.stats, "label_information": self.labels(name)})
-        fleet.values[name] = expert_values.smooth(fleet.values[name], fresh)
+    def train(
+        self,
+        name: str,
+        round: int,
+        resident: Resident,
+        part: Adapter,
+        shared: Adapter,
+        seed: int,
+    ) -> trainer.Result:
+        """The device's side of a lease."""
+        suite, method = self.world.suite, self.method
+        warm = round > method.warmup
+        trained = self.trains(resident)
+        job = trainer.Job(
+            work="train",
+            resident=trained,
+            trained=trained,
+            steps=suite.steps,
+            learning_rate=method.learning_rate,
+            router_learning_rate=method.learning_rate * method.router_factor if warm else 0.0,
+            seed=seed,
+            objective=self.objective(name, round),
+        )
+        if job.objective.target_balance:
+            shared = {**shared, "trained_counts": self.fleet.updates.astype(np.float32)}
+        backend: Any = self.backend
+        if self.own is not None:
+            backend, self.own.frozen = self.own, resident
+        return trainer.work(
+            backend,
+            self.base.artifact(self.shapes[name]),
+            part,
+            job,
+            self.prompts[name],
+            self.rows[name],
+            self.held_back[name][:MEASURED],
+            nothing,
+            shared,
+            self.fleet.kept.get(name),
+        )
 
-    def labels(self, name: str) -> NDArray[np.float32]:
-        """Label information of the profile: it is measured once."""
-        zero = np.zeros((self.layers, self.experts), np.float32)
-        return zero
+    def _learn(self, name: str, result: trainer.Result) -> None:
+        """What came with an update changes what the server thinks of experts, and stage 2 the client's structure."""
+        method, fleet = self.method, self.fleet
+        if method.trains != "experts" or method.relevance == "oracle":
+            return
+        if method.profile:
+            stats = dict(result.stats)
+            if method.relevance == "labels":  # measured once, over the whole model
+                stats["label_information"] = self.stats[name]["label_information"]
+            fresh = self._values(stats)
+            fleet.values[name] = expert_values.smooth(fleet.values[name], fresh)
+        fleet.activations[name] = similarity.activation(result.stats)
+        if method.structure != "none":
+            self._adjust(name, result)
+
+    def _adjust(self, name: str, result: trainer.Result) -> None:
+        """FedMoE's stage 2 after a turn of one client: its experts, and with them the shape of its program."""
+        fleet, layers = self.fleet, self.layers
+        top_k, experts = self.index.top_k, self.experts
+        state = fleet.structures.get(name)
+        if state is None:
+            held = tuple(tuple(sorted(ids)) for ids in fleet.former[name])
+            state = structure.State(held=held)
+        peers = {
+            other: structure.Peer(
+                activation=matrix,
+                experts=sum(len(slots) for slots in self.shapes[other].slots),
+            )
+            for other, matrix in fleet.activations.items()
+            if other != name
+        }
+        accuracy = result.after[1]
+        report = structure.Report(
+            score=accuracy if accuracy >= 0 else -result.after[0],
+            activation=fleet.activations[name],
+        )
+        limits = structure.Limits(
+            least=(top_k,) * layers, most=(experts,) * layers, total=self.room[name]
+        )
+        mode = "freeze" if self.method.structure == "freeze" else "retry"
+        rules = structure.Rules(mode=mode, patience=1, trial=1)  # type: ignore[arg-type]
+        state, change = structure.step(state, report, peers, limits, rules)
+        fleet.structures[name] = state
+        if change.kind != "none":
+            fleet.changes.append(f"{name} {change.kind} +{len(change.added)} -{len(change.removed)}")
+        self.shapes[name] = self.world.shape([len(ids) for ids in state.held], self.method.rank)
 
     # Scores.
 
@@ -396,7 +481,7 @@ class Run:
         """Every client's own sub-MoE on its own held-back rows: what the owner of the device gets."""
         chosen = (
             choose_experts.choose(
-                self._own_values(),
+                self.fleet.values,
                 {name: shape.slots for name, shape in self.shapes.items()},
                 top_k=self.index.top_k,
                 coverage=0.0,
@@ -423,6 +508,9 @@ class Run:
                     self.world.tasks[task],
                     rows,
                     terms,
+                    bias=trainer.label_bias(
+                        self.prompts[name], self.rows[name], self.method.objective.label_prior
+                    ),
                     generate=generate,
                 )
                 for metric, value in found.scores.items():
@@ -437,9 +525,6 @@ class Run:
                         "value": value,
                         "rows": found.rows,
                     }
-
-    def _own_values(self) -> dict[str, Floats]:
-        return dict(self.fleet.values)
 
     def _by_task(self, client: Client) -> dict[str, list[Any]]:
         each = self.world.suite.held_back // len(client.tasks)
@@ -469,13 +554,6 @@ class Run:
                 for name, client in self.clients.items()
             },
         }
-
-
-def threshold_counts(p: Floats, total: int, least: int) -> list[int]:
-    """Experts per layer for the largest threshold that `total` experts allow (FedMoE, arXiv 2408.11304, eq 3)."""
-    p = np.maximum(p, 0)
-    kept = threshold.widest(p, np.ones_like(p), total, top_k=least)
-    return [len(ids) for ids in kept.experts]
 
 
 def run(

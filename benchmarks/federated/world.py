@@ -119,6 +119,14 @@ class World:
         longest = max((len(column) for column in columns), default=0)
         return [column[i] for i in range(longest) for column in columns if i < len(column)]
 
+    def prompts_of(self, client: Client) -> Prompter:
+        """A client's own prompter: where it has one task, and that has labels, it knows them."""
+        labels = self.tasks[client.tasks[0]].labels if len(client.tasks) == 1 else ()
+        if not labels or self.prompts.verbaliser is not None:
+            return self.prompts
+        known = data.verbalise(labels, self.base.tokenizer, self.suite.answers)
+        return replace(self.prompts, verbaliser=known)
+
     def slots_each(self, client: str) -> int:
         """Slots of a layer that the client's budget has room for; at least the base's k."""
         index = self.base.index
@@ -190,8 +198,3 @@ def make(suite: Suite, seed: int, base: Base, folder: Path) -> World:
         base.tokenizer, task, suite.batch, suite.sequence, suite.answers, base.index
     )
     return World(suite, seed, base, found, tuple(clients), budgets, prompts)
-
-
-def text_prompts(world: World) -> Prompter:
-    """A prompter for the free-text answers of any task, whatever the run's own is."""
-    return replace(world.prompts, task=tasks.TASK, verbaliser=None)
