@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import names
-from server import gate_rules, lora_rules, robust, weights
+from server import gate_rules, lora_rules, robust, stacking, weights
 from server.contribution import Contribution, Key
 from server.lora_rules import Array, Factors, Floats
 from server.rules import Rules
@@ -89,7 +89,7 @@ def aggregate(
     -------
     Aggregated
         Experts and rows that nobody trained keep the very same arrays, and so do factors that nobody sent. Under
-        "stack" the factors of trained experts have as many rows as the ranks sum to, see `lora_rules.stack`.
+        "stack" the factors of trained experts have as many rows as the ranks sum to, see `stacking`.
     """
     rules = rules or Rules()
     ordered = sorted(contributions, key=lambda c: c.device)
@@ -184,7 +184,7 @@ def _projection(
         a, b = _both(adapter, c, key_a, key_b)
         holders.append((_damped(old_a, a, damp.get(key_a)), _damped(old_b, b, damp.get(key_b)), w))
     if rules.lora == "stack":
-        new[key_a], new[key_b] = lora_rules.stack(old_a, old_b, holders)
+        new[key_a], new[key_b] = stacking.stack(old_a, old_b, holders)
         return 0.0
     new[key_a], new[key_b], tail = lora_rules.product(
         old_a, old_b, holders, tail_vote=rules.lora == "svd"

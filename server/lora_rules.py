@@ -13,12 +13,10 @@ instead of erasing it. FlexLoRA pads with zeros instead (`tail_vote=False`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from protocol import lora
 
 Floats = NDArray[np.float64]
 Array = NDArray[np.float32]
@@ -122,43 +120,6 @@ def product(
         right.append(old_a)
     a, b, tail = reproject(left, right, rank)
     return a.astype(np.float32), b.astype(np.float32), tail
-
-
-def stack(old_a: Array, old_b: Array, holders: Sequence[Factors]) -> tuple[Array, Array]:
-    """Factors laid side by side: B A is the average of the products exactly, for any ranks (FLoRA, arXiv 2409.05976).
-
-    The rank of the result is the sum of the ranks. FLoRA merges it into the weights and starts from fresh factors in
-    the next round (`merge`). That takes weights that can be changed: not a device's 4-bit experts, nor a store's blobs,
-    which are quantised and addressed by their content. So only simulations use it.
-
-    Examples
-    --------
-    >>> one, two = (np.ones((1, 2)), np.ones((1, 1)), 0.5), (np.eye(2), np.ones((1, 2)), 0.5)
-    >>> a, b = stack(np.zeros((2, 2), np.float32), np.zeros((1, 2), np.float32), [one, two])
-    >>> a.shape, (b @ a).tolist()
-    ((3, 2), [[1.0, 1.0]])
-    """
-    left, right = terms(old_a, old_b, holders)
-    return (
-        np.concatenate(right, axis=0).astype(np.float32),
-        np.concatenate(left, axis=1).astype(np.float32),
-    )
-
-
-def merge(
-    dense: MutableMapping[tuple[int, int, str], Array],
-    stacked: Mapping[tuple[int, int, str], tuple[Array, Array]],
-) -> None:
-    """Add stacked products, with LoRA's scale, to dense changes of weights, in place.
-
-    Parameters
-    ----------
-    dense : (layer, expert, projection) -> change to the weight, [O, I]; an absent one counts as zero
-    stacked : the same keys -> (A [n, I], B [O, n])
-    """
-    for key, (a, b) in stacked.items():
-        change = lora.delta(a, b)
-        dense[key] = change if key not in dense else dense[key] + change
 
 
 def product_norm(
