@@ -149,23 +149,23 @@ def bias(old_a: Array, old_b: Array, holders: Sequence[Factors]) -> tuple[float,
     residual : Frobenius norm of that sum
     update : Frobenius norm of `sum_k w_k B_k A_k` less the old product
     """
-    wide_a, wide_b = old_a.astype(np.float64), old_b.astype(np.float64)
-    whole = [
-        (
-            np.concatenate([a, wide_a[len(a) :]], axis=0),
-            np.concatenate([b, wide_b[:, len(a) :]], axis=1),
-            w,
-        )
-        for a, b, w in holders
-    ]
-    update = product_norm(
-        [*(w * b for _, b, w in whole), -sum(w for _, _, w in whole) * wide_b],
-        [*(a for a, _, _ in whole), wide_a],
-    )
-    whole.append((wide_a, wide_b, max(0.0, 1.0 - sum(w for _, _, w in whole))))
-    mean_a: Floats = np.sum([w * a for a, _, w in whole], axis=0)
-    mean_b: Floats = np.sum([w * b for _, b, w in whole], axis=0)
-    residual = product_norm(
-        [w * (b - mean_b) for _, b, w in whole], [a - mean_a for a, _, _ in whole]
-    )
-    return residual, update
+    rank, n = len(old_a), len(holders)
+    # Changes of every holder, padded to rank R, then the old factors: all that is asked for are sums of their products.
+    right = np.zeros(((n + 1) * rank, old_a.shape[1]))
+    left = np.zeros((old_b.shape[0], (n + 1) * rank))
+    for k, (a, b, _) in enumerate(holders):
+        place = slice(k * rank, k * rank + len(a))
+        right[place] = a - old_a[: len(a)].astype(np.float64)
+        left[:, place] = b - old_b[:, : len(a)].astype(np.float64)
+    right[n * rank :], left[:, n * rank :] = old_a, old_b
+    gram_left, gram_right = left.T @ left, right @ right.T
+    w = np.array([share for _, _, share in holders])
+    residual, update = np.zeros((2, n + 1, n + 1))
+    residual[:n, :n] = np.diag(w) - np.outer(w, w)
+    update[:n, :n], update[:n, n], update[n, :n] = np.diag(w), w, w
+    norms = []
+    for terms_of in (residual, update):
+        wide = np.kron(terms_of, np.eye(rank))
+        squared = ((wide.T @ gram_left @ wide) * gram_right).sum()
+        norms.append(float(np.sqrt(max(squared, 0.0))))
+    return norms[0], norms[1]
