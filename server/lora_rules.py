@@ -13,12 +13,10 @@ instead of erasing it. FlexLoRA pads with zeros instead (`tail_vote=False`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from protocol import lora
 
 Floats = NDArray[np.float64]
 Array = NDArray[np.float32]
@@ -124,43 +122,6 @@ def product(
     return a.astype(np.float32), b.astype(np.float32), tail
 
 
-def stack(old_a: Array, old_b: Array, holders: Sequence[Factors]) -> tuple[Array, Array]:
-    """Factors laid side by side: B A is the average of the products exactly, for any ranks (FLoRA, arXiv 2409.05976).
-
-    The rank of the result is the sum of the ranks. FLoRA merges it into the weights and starts from fresh factors in
-    the next round (`merge`). That takes weights that can be changed: not a device's 4-bit experts, nor a store's blobs,
-    which are quantised and addressed by their content. So only simulations use it.
-
-    Examples
-    --------
-    >>> one, two = (np.ones((1, 2)), np.ones((1, 1)), 0.5), (np.eye(2), np.ones((1, 2)), 0.5)
-    >>> a, b = stack(np.zeros((2, 2), np.float32), np.zeros((1, 2), np.float32), [one, two])
-    >>> a.shape, (b @ a).tolist()
-    ((3, 2), [[1.0, 1.0]])
-    """
-    left, right = terms(old_a, old_b, holders)
-    return (
-        np.concatenate(right, axis=0).astype(np.float32),
-        np.concatenate(left, axis=1).astype(np.float32),
-    )
-
-
-def merge(
-    dense: MutableMapping[tuple[int, int, str], Array],
-    stacked: Mapping[tuple[int, int, str], tuple[Array, Array]],
-) -> None:
-    """Add stacked products, with LoRA's scale, to dense changes of weights, in place.
-
-    Parameters
-    ----------
-    dense : (layer, expert, projection) -> change to the weight, [O, I]; an absent one counts as zero
-    stacked : the same keys -> (A [n, I], B [O, n])
-    """
-    for key, (a, b) in stacked.items():
-        change = lora.delta(a, b)
-        dense[key] = change if key not in dense else dense[key] + change
-
-
 def product_norm(
     left: Sequence[NDArray[np.floating]], right: Sequence[NDArray[np.floating]]
 ) -> float:
@@ -188,23 +149,23 @@ def bias(old_a: Array, old_b: Array, holders: Sequence[Factors]) -> tuple[float,
     residual : Frobenius norm of that sum
     update : Frobenius norm of `sum_k w_k B_k A_k` less the old product
     """
-    wide_a, wide_b = old_a.astype(np.float64), old_b.astype(np.float64)
-    whole = [
-        (
-            np.concatenate([a, wide_a[len(a) :]], axis=0),
-            np.concatenate([b, wide_b[:, len(a) :]], axis=1),
-            w,
-        )
-        for a, b, w in holders
-    ]
-    update = product_norm(
-        [*(w * b for _, b, w in whole), -sum(w for _, _, w in whole) * wide_b],
-        [*(a for a, _, _ in whole), wide_a],
-    )
-    whole.append((wide_a, wide_b, max(0.0, 1.0 - sum(w for _, _, w in whole))))
-    mean_a: Floats = np.sum([w * a for a, _, w in whole], axis=0)
-    mean_b: Floats = np.sum([w * b for _, b, w in whole], axis=0)
-    residual = product_norm(
-        [w * (b - mean_b) for _, b, w in whole], [a - mean_a for a, _, _ in whole]
-    )
-    return residual, update
+    rank, n = len(old_a), len(holders)
+    # Changes of every holder, padded to rank R, then the old factors: all that is asked for are sums of their products.
+    right = np.zeros(((n + 1) * rank, old_a.shape[1]))
+    left = np.zeros((old_b.shape[0], (n + 1) * rank))
+    for k, (a, b, _) in enumerate(holders):
+        place = slice(k * rank, k * rank + len(a))
+        right[place] = a - old_a[: len(a)].astype(np.float64)
+        left[:, place] = b - old_b[:, : len(a)].astype(np.float64)
+    right[n * rank :], left[:, n * rank :] = old_a, old_b
+    gram_left, gram_right = left.T @ left, right @ right.T
+    w = np.array([share for _, _, share in holders])
+    residual, update = np.zeros((2, n + 1, n + 1))
+    residual[:n, :n] = np.diag(w) - np.outer(w, w)
+    update[:n, :n], update[:n, n], update[n, :n] = np.diag(w), w, w
+    norms = []
+    for terms_of in (residual, update):
+        wide = np.kron(terms_of, np.eye(rank))
+        squared = ((wide.T @ gram_left @ wide) * gram_right).sum()
+        norms.append(float(np.sqrt(max(squared, 0.0))))
+    return norms[0], norms[1]

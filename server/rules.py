@@ -35,10 +35,10 @@ class Rules:
         tail. "flex": the same as FlexLoRA has it (arXiv 2402.11505): what a device does not have counts as zero.
         "factors": A and B are averaged on their own (FedIT, arXiv 2305.05644), which is biased, see `lora_rules.bias`.
         "stack": factors are laid side by side, exact for any ranks (FLoRA, arXiv 2409.05976); the adapter grows and
-        has to be merged into the weights of the base (`lora_rules.merge`), so a running server refuses it.
+        has to be merged into the weights of the base (`stacking`), so a running server refuses it.
         "ffa": only B is trained and averaged (FFA-LoRA, arXiv 2403.12313). "alternate": B in odd rounds, A in even ones
         (RoLoRA, arXiv 2409.02346). Both are exact. "fedsa": both are trained, only A is shared (FedSA-LoRA, arXiv
-        2410.01463); the adapter's B stays as it is.
+        2410.01463); the adapter's B stays zero: what is learnt is in the devices' own models.
     gate : how router rows are combined
         "rows": a row moves with its expert, over its holders, by changes centred over each device's rows.
         "plain_rows": the same without centring (FedMoE, arXiv 2408.11304). "importance": one weight per device and
@@ -47,7 +47,8 @@ class Rules:
     members : who counts for an expert
         "trained": whose tokens trained it. "sent": who sent it. "all": everybody, the others for the old value (the
         plain mean of FFT-MoE, arXiv 2508.18663).
-    weighting : what a device's data |D_k| is: valid "tokens" it trained on, or training "rows"
+    weighting : what a device's data |D_k| is: valid "tokens" it trained on, or training "rows", as
+        the device says
     temperature : t of the weight |D_k| (n_k / N_k)^t, n_k of N_k tokens trained the expert (FLAME, arXiv 2506.16600);
         1 with "tokens" is n_k. "sent" and "all" count every device with t = 0
     tau : least usage u_k(e), the mean router probability, of those who count (HFedMoE eq 17)

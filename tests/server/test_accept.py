@@ -153,6 +153,28 @@ def test_trained_must_be_resident_and_in_a_slot_that_trains():
         check(b"", replace(LEASE, trained={"1": (3,)}))
 
 
+@pytest.mark.parametrize(
+    ("objective", "sent"),
+    [
+        (Objective(factors="lora_A"), "lora_A"),
+        (Objective(factors="lora_B"), "lora_B"),
+        (Objective(personal=True), "lora_A"),
+    ],
+)
+def test_just_the_factors_of_the_lease(objective, sent):
+    lease = replace(LEASE, objective=objective)
+    tensors, stats = parts()
+    whole = update.pack(tensors, stats, FACTS)
+    with pytest.raises(UpdateRejected, match="tensors not asked for|bytes of tensors, at most"):
+        check(whole, lease)
+    half = {k: v for k, v in tensors.items() if "lora" not in k or k.endswith(sent)}
+    got = check(update.pack(half, stats, FACTS), lease)
+    assert set(got.tensors) == set(half)
+    assert max_update_bytes(lease, RANK_OF, BASE) < max_update_bytes(LEASE, RANK_OF, BASE)
+    with pytest.raises(UpdateRejected, match="tensors missing, first: .*lora_[AB]"):
+        check(update.pack(half, stats, FACTS))
+
+
 def test_facts_of_another_base():
     with pytest.raises(UpdateRejected, match="missed mass of 1 layers, 2 wanted"):
         check(update.pack(*parts(), replace(FACTS, missed_mass=(0.0,))))

@@ -10,47 +10,12 @@ from server.contribution import Contribution
 from server.gate_rules import centred
 from server.lora_rules import reproject
 from server.rules import Rules
-from tests.server.tiny_store import RANK, base_index
-
-BASE = base_index()
+from tests.server.combining import BASE, contribution, delta, start
+from tests.server.tiny_store import RANK
 
 
 def aggregate(old, contributions, **how):
     return aggregation.aggregate(old, contributions, BASE.projections, Rules(**how))
-
-
-def delta(adapter, layer, expert, projection):
-    a = adapter[names.lora(layer, expert, projection, "lora_A")].astype(np.float64)
-    b = adapter[names.lora(layer, expert, projection, "lora_B")].astype(np.float64)
-    return b @ a
-
-
-def contribution(device, keys, seed, tokens=10.0, scale=0.1, rank=RANK):
-    """New random values for the experts `keys` = [(layer, expert)]."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for layer, e in keys:
-        for p in BASE.projections:
-            out, into = BASE.features(p)
-            made[names.lora(layer, e, p, "lora_A")] = rng.normal(size=(rank, into), scale=scale)
-            made[names.lora(layer, e, p, "lora_B")] = rng.normal(size=(out, rank), scale=scale)
-        made[names.router_row(layer, e)] = rng.normal(size=BASE.hidden, scale=scale)
-    return Contribution(
-        device=device,
-        tensors={k: v.astype(np.float32) for k, v in made.items()},
-        trained_tokens=dict.fromkeys(keys, tokens),
-    )
-
-
-def start(seed=None, rank=RANK):
-    adapter = adapters.fresh(BASE, rank)
-    if seed is not None:
-        rng = np.random.default_rng(seed)
-        adapter = {
-            k: v + rng.normal(size=v.shape, scale=0.05).astype(np.float32)
-            for k, v in adapter.items()
-        }
-    return adapter
 
 
 def test_two_devices_with_disjoint_experts_leave_each_other_bit_identical():
