@@ -133,4 +133,18 @@ def code(change: Arrays, leased: Arrays, kept: Arrays, kind: uplink.Kind) -> Cod
         basis = basis_of(name)
         if basis is not None and basis in leased:
             keep[BASIS + basis] = leased[basis] + arrived.get(basis, np.float32(0))
-    return Coded(tensors=tensors, kept=keep)
+    return Coded(tensors=tensors, kept={**_waiting(kept, keep), **keep})
+
+
+def _waiting(kept: Arrays, keep: Arrays) -> FloatArrays:
+    """Residuals of factors that were not sent this time beside one that was: alternating factors take turns."""
+    found: FloatArrays = {}
+    for key, residual in kept.items():
+        name = key.removeprefix(RESIDUAL)
+        basis = basis_of(name)
+        if key in keep or name == key or basis is None or BASIS + basis not in keep:
+            continue
+        old, new = kept.get(BASIS + basis), keep[BASIS + basis]
+        if old is not None and old.shape == new.shape:
+            found[key] = turned(residual, name.rpartition(".")[2], old, new)
+    return found

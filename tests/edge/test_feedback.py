@@ -80,6 +80,30 @@ def test_only_what_fits_is_carried():
     assert set(feedback.carried(kept, {A: a}, change)) == {ROW}
 
 
+def test_the_residual_of_a_factor_that_has_not_its_turn_waits():
+    rng = np.random.default_rng(0)
+    adapter = {A: rng.normal(size=(2, 8)).astype(np.float32)}
+    step = {
+        A: rng.normal(size=(2, 8)).astype(np.float32),
+        B: rng.normal(size=(5, 2)).astype(np.float32),
+    }
+    both = feedback.code(step, adapter, {}, "int4").kept
+    only_a = feedback.code({A: step[A]}, adapter, both, "int4").kept
+    want = both[f"residual.{B}"] @ both[f"basis.{A}"]  # less what the moved rows no longer reach
+    moved = only_a[f"basis.{A}"]
+    reach = np.linalg.pinv(moved) @ moved
+    np.testing.assert_allclose(only_a[f"residual.{B}"] @ moved, want @ reach, atol=1e-5)
+    again = feedback.code({B: step[B]}, {A: moved}, only_a, "int4")
+    owed = feedback.carried(only_a, {A: moved}, {B: step[B]})[B]
+    seen = arrived(again, {B: step[B]}, "int4")[B]
+    np.testing.assert_allclose(again.kept[f"residual.{B}"], step[B] + owed - seen, atol=1e-5)
+    assert f"residual.{A}" in again.kept
+    # Of another expert, nothing waits.
+    assert not any(
+        "experts.0" in n for n in feedback.code({ROW: step[A][0]}, {}, both, "int4").kept
+    )
+
+
 def test_adapter_experts_are_carried_as_they_are():
     """Their factors are averaged one by one, nothing turns them."""
     name = names.lora(0, 0, "adapter", "lora_A")
