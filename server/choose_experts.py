@@ -218,4 +218,8 @@ def _best_move(
     there = np.array(shared)
     common = int(there[np.lexsort((worth[there], -holders[there]))[0]])
     rare = int(others[np.lexsort((-worth[others], holders[others]))[0]])
-    return (float(holders[common] - holders[rare]), float(worth[rare] - worth[common])), common, rare
+    return (
+        (float(holders[common] - holders[rare]), float(worth[rare] - worth[common])),
+        common,
+        rare,
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex
-from server import adapters, expert_values, fft_adapter, peft_adapter
+from server import adapters, coverage, expert_values, fft_adapter, peft_adapter
 from server.aggregate import Aggregated, Contribution, aggregate
 from server.artifacts import Artifacts
 from server.expert_values import Floats
@@ -31,6 +31,7 @@ class Folded:
     aggregated: Aggregated | None
     values: dict[str, Floats]  # smoothed, of the devices that reported
     trained_counts: NDArray[np.int64]
+    trained_mass: Floats
 
 
 def fold(
@@ -39,8 +40,12 @@ def fold(
     base: BaseIndex,
     values: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
+    trained_mass: Floats | None,
     adapter: Mapping[str, NDArray[np.float32]],
     beta: float,
+    relevance: str,
+    lam: float,
+    decay: float,
     rule: str,
     prior: float,
 ) -> Folded:
@@ -49,22 +54,23 @@ def fold(
     Parameters
     ----------
     updates : device -> accepted update
-    values, trained_counts : as they were before the round
+    values, trained_counts, trained_mass : as they were before the round
     """
     counts = np.zeros((len(base.moe_layers), base.num_experts), np.int64)
     if trained_counts is not None:
         counts += trained_counts
     smoothed: dict[str, Floats] = {}
-    contributions = []
+    contributions, trained = [], []
     for device in sorted(updates):
         tensors = adapters.map_tensors(updates[device].path)
         tensors.pop("facts")
         stats = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("stats.")}
         if updates[device].tokens > 0:
-            new = expert_values.values(stats, beta)
+            new = expert_values.values(stats, beta, relevance, lam)
             smoothed[device] = expert_values.smooth(values.get(device), new)
         tokens = stats["trained_tokens"]
         counts += tokens > 0
+        trained.append(tokens)
         weights = {
             (base.moe_layers[i], int(e)): float(tokens[i, e])
             for i, e in zip(*np.nonzero(tokens), strict=True)
@@ -73,7 +79,10 @@ def fold(
     aggregated = None
     if any(c.weights for c in contributions):
         aggregated = aggregate(adapter, contributions, base.projections, rule=rule, prior=prior)
-    return Folded(aggregated=aggregated, values=smoothed, trained_counts=counts)
+    mass = coverage.faded(
+        np.zeros(counts.shape) if trained_mass is None else trained_mass, trained, decay
+    )
+    return Folded(aggregated=aggregated, values=smoothed, trained_counts=counts, trained_mass=mass)
 
 
 def write_version(

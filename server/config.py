@@ -14,6 +14,9 @@ from protocol import schema
 from protocol.chunks import CHUNK_BYTES
 from protocol.messages import Task
 from server.broker import KINDS
+from server.coverage import DECAY
+from server.relevance import LAM, RELEVANCE
+from server.strategies import FIXED
 
 _EXAMPLE = """example:
   python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
@@ -52,6 +55,10 @@ class Config:
     beta: float = 0.1
     exploration: float = 0.1
     coverage: float = 0.5
+    relevance: str = "norm"
+    lam: float = LAM
+    strategy: str = "coverage"
+    decay: float = DECAY
     chunk_bytes: int = CHUNK_BYTES
     upload_budget: int = 64 << 20
     require_token: bool = False
@@ -82,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--state", type=Path, required=True, help="adapters, history, database")
     flag("host", "address to listen on")
     flag("port", "HTTP port, 0 for a free one")
-    known = "|".join(["auto", *KINDS])
-    flag("broker", f"{known}|mqtt[s]://[user:password@]host:port", metavar="BROKER")
+    kinds = "|".join(["auto", *KINDS])
+    flag("broker", f"{kinds}|mqtt[s]://[user:password@]host:port", metavar="BROKER")
     flag(
         "device_broker",
         "what devices are told, if not --broker less its password",
@@ -108,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("beta", "weight of redundancy against relevance")
     flag("exploration", "bonus for experts that were rarely trained")
     flag("coverage", "share of slots for the experts with the fewest holders")
+    known = sorted(RELEVANCE)
+    flag("relevance", "how an expert's relevance is estimated", choices=known, metavar=None)
+    flag("lam", "weight of the general against the specific (mass, hfedmoe)")
+    flag("strategy", "how slots are filled; history suits --per-round", choices=FIXED, metavar=None)
+    flag("decay", "per round, of the training that --strategy history remembers")
     flag("chunk_bytes", "bytes of an update per message")
     flag("upload_budget", "bytes of uploads under way at a time")
     flag("require_token", "serve blobs only to registered devices")
@@ -149,6 +161,8 @@ def check(config: Config) -> Config:
         "beta": (0, 100),
         "exploration": (0, 100),
         "coverage": (0, 1),
+        "lam": (0, 1),
+        "decay": (0, 1),
         "chunk_bytes": (256, 200 << 10),  # our own broker takes packets of 256 KiB
         "upload_budget": (1, 2**40),
     }

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex, Shape
 from protocol.messages import Lease
-from server import adapters, choose_experts, expert_values
+from server import adapters, expert_values
 from server.choose_experts import Chosen
 from server.expert_values import Floats
 from server.rounds import OpenRound
+from server.strategies import STRATEGIES, Fleet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Terms:
     seed: int
     exploration: float
     coverage: float
+    strategy: str
 
 
 def lease_id(run: str, round: int, device: str, attempt: int) -> str:
@@ -51,6 +53,7 @@ def select(
     shapes: Mapping[str, Shape],
     known: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
+    trained_mass: Floats | None,
     former: Mapping[str, Lease],
     base: BaseIndex,
     terms: Terms,
@@ -59,6 +62,7 @@ def select(
 
     Parameters
     ----------
+    trained_mass : [L, E], see `coverage.faded`
     former : device -> its last lease, as far as it had one: what it holds now
     """
     prior = np.asarray(base.routing_prior, np.float64)
@@ -70,15 +74,17 @@ def select(
         device: [list(lease.resident.get(str(layer), ())) for layer in base.moe_layers]
         for device, lease in former.items()
     }
-    return choose_experts.choose(
-        value,
-        {device: shape.slots for device, shape in shapes.items()},
+    fleet = Fleet(
+        value=value,
+        slots={device: shape.slots for device, shape in shapes.items()},
         top_k=base.top_k,
         # The last round only measures: every device holds what is best for itself.
         coverage=0.0 if command.work == "evaluate" else terms.coverage,
         seed=terms.seed,
         former=held,
+        past=trained_mass,
     )
+    return STRATEGIES[terms.strategy](fleet)
 
 
 def write_leases(

@@ -182,6 +182,11 @@ class Store:
         row = self._db.execute("SELECT trained FROM counts").fetchone()
         return None if row is None else tensors.decode(row[0])["trained"]
 
+    def trained_mass(self) -> NDArray[np.float64] | None:
+        """Training of each expert over the rounds, fading, [L, E]; None before the first."""
+        row = self._db.execute("SELECT trained FROM counts").fetchone()
+        return None if row is None else tensors.decode(row[0]).get("mass")
+
     # Rounds
 
     def open_round(self, round: int, leases: Iterable[tuple[str, Lease]]) -> None:
@@ -261,6 +266,7 @@ class Store:
         line: str,
         values: dict[str, NDArray[np.float64]],
         trained: NDArray[np.int64],
+        mass: NDArray[np.float64],
         over: bool,
     ) -> None:
         """Make the result of a round count: version, statistics, history, end of its leases; all or nothing."""
@@ -275,7 +281,7 @@ class Store:
             *scores,
             (
                 "INSERT OR REPLACE INTO counts VALUES (0, ?)",
-                (tensors.encode({"trained": trained}),),
+                (tensors.encode({"trained": trained, "mass": mass}),),
             ),
             (
                 "UPDATE leases SET state = 'missing', reason = 'stale' WHERE round = ? AND state = 'open'",

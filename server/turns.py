@@ -86,12 +86,13 @@ class Turns:
             seed=c.seed,
             exploration=c.exploration,
             coverage=c.coverage,
+            strategy=c.strategy,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
-        former = self._store.last_leases()
+        former, mass = self._store.last_leases(), self._store.trained_mass()
         chosen = await asyncio.to_thread(
-            leases.select, command, shapes, values, counts, former, base, terms
+            leases.select, command, shapes, values, counts, mass, former, base, terms
         )
         made = await asyncio.to_thread(
             leases.write_leases,
@@ -123,8 +124,12 @@ class Turns:
             base=self._artifacts.base,
             values=self._store.values(),
             trained_counts=self._store.trained_counts(),
+            trained_mass=self._store.trained_mass(),
             adapter=adapters.read_version(self._adapters, version),
             beta=self._config.beta,
+            relevance=self._config.relevance,
+            lam=self._config.lam,
+            decay=self._config.decay,
             rule=self._config.aggregate,
             prior=self._config.prior,
         )
@@ -156,6 +161,7 @@ class Turns:
             json.dumps(line),
             folded.values,
             folded.trained_counts,
+            folded.trained_mass,
             over=command.work == "evaluate",
         )
         self._tidy(command.round)
