@@ -59,6 +59,7 @@ class Config:
     lam: float = LAM
     strategy: str = "coverage"
     decay: float = DECAY
+    uplink_bytes: int = 0
     chunk_bytes: int = CHUNK_BYTES
     upload_budget: int = 64 << 20
     require_token: bool = False
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("lam", "weight of the general against the specific (mass, hfedmoe)")
     flag("strategy", "how slots are filled; history suits --per-round", choices=FIXED, metavar=None)
     flag("decay", "per round, of the training that --strategy history remembers")
+    flag("uplink_bytes", "cap of an update: the best experts that fit are trained; 0 for none")
     flag("chunk_bytes", "bytes of an update per message")
     flag("upload_budget", "bytes of uploads under way at a time")
     flag("require_token", "serve blobs only to registered devices")
@@ -163,6 +165,7 @@ def check(config: Config) -> Config:
         "coverage": (0, 1),
         "lam": (0, 1),
         "decay": (0, 1),
+        "uplink_bytes": (0, 2**40),
         "chunk_bytes": (256, 200 << 10),  # our own broker takes packets of 256 KiB
         "upload_budget": (1, 2**40),
     }

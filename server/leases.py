@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from protocol.manifest import BaseIndex, Shape
 from protocol.messages import Lease
-from server import adapters, expert_values
+from server import adapters, expert_values, training_set
 from server.choose_experts import Chosen
 from server.expert_values import Floats
 from server.rounds import OpenRound
@@ -33,6 +33,7 @@ class Terms:
     exploration: float
     coverage: float
     strategy: str
+    uplink_bytes: int
 
 
 def lease_id(run: str, round: int, device: str, attempt: int) -> str:
@@ -91,6 +92,7 @@ def write_leases(
     command: OpenRound,
     chosen: Mapping[str, Chosen],
     shapes: Mapping[str, Shape],
+    known: Mapping[str, Floats],
     *,
     base: BaseIndex,
     terms: Terms,
@@ -101,14 +103,18 @@ def write_leases(
     """Make the leases of a round; slices of adapter `version` are written to `blob_folder`."""
     adapter = adapters.read_version(adapter_folder, version)
     train = command.work == "train"
+    prior = np.asarray(base.routing_prior, np.float64)
     leases: dict[str, Lease] = {}
     for device, experts in chosen.items():
         resident = {str(layer): tuple(experts[i]) for i, layer in enumerate(base.moe_layers)}
         rank_of = adapters.ranks(resident, shapes[device], base)
-        trained = {
+        able = {
             layer: tuple(e for e in held if rank_of[int(layer), e])
             for layer, held in resident.items()
         }
+        trained = training_set.within_uplink(
+            able, known.get(device, prior), rank_of, base, terms.uplink_bytes
+        )
         seed = np.random.SeedSequence([terms.seed, command.round, *device.encode()])
         leases[device] = Lease(
             lease=lease_id(terms.run, command.round, device, 1),

@@ -146,7 +146,9 @@ def merge_weights(frequency: Floats, importance: Floats, resident: Sequence[int]
     if (frequency < 0).any() or (importance < 0).any():
         raise StandInError("negative frequency or importance")
     alpha = np.where(absent, frequency * importance, 0.0)
-    return alpha / alpha.sum() if alpha.sum() > 0 else absent / absent.sum()
+    if not alpha.any():
+        alpha = absent.astype(np.float64)
+    return np.asarray(alpha / alpha.sum())
 
 
 def merge(alpha: Floats, tensors: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -10,11 +10,13 @@ for any number.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.manifest import BaseIndex
 from server.relevance import Floats
 
 PRICE_ROUNDS = 200
@@ -101,6 +103,43 @@ def choose(value: Floats, cost: Floats, caps: Floats, *, steps: int = STEPS) -> 
     return TrainingSet(chosen=tuple(sorted(chosen.tolist())), value=best, bound=max(best, bound))
 
 
+def within_uplink(
+    able: Mapping[str, Sequence[int]],
+    value: Floats,
+    rank_of: Mapping[tuple[int, int], int],
+    base: BaseIndex,
+    cap: float,
+    *,
+    bytes_per_number: float = 4.0,
+) -> dict[str, tuple[int, ...]]:
+    """Those of a device's trainable experts whose update fits the uplink of a round.
+
+    Parameters
+    ----------
+    able : layer -> experts in slots that can be trained, in slot order
+    value : [L, E], of this device
+    rank_of : (layer, expert) -> rank of its slot
+    cap : bytes of factors and router rows; 0: no cap
+    bytes_per_number : of the coding on the wire
+
+    Returns
+    -------
+    As `able`, less what does not fit. The most valuable expert is trained whatever the cap says: a lease without any
+    would be work for nothing.
+    """
+    places = [(layer, e) for layer, held in able.items() for e in held]
+    if not cap or not places:
+        return {layer: tuple(held) for layer, held in able.items()}
+    position = {str(layer): i for i, layer in enumerate(base.moe_layers)}
+    worth = np.array([value[position[layer], e] for layer, e in places])
+    worth = worth - min(0.0, worth.min()) + 1e-6  # a redundant expert still gains by training
+    sides = sum(sum(base.features(p)) for p in base.projections)
+    numbers = np.array([rank_of[int(layer), e] * sides + base.hidden for layer, e in places])
+    picked = choose(worth, numbers[:, None] * bytes_per_number, np.array([cap])).chosen
+    kept = {places[i] for i in picked or (int(np.argmax(worth)),)}
+    return {layer: tuple(e for e in held if (layer, e) in kept) for layer, held in able.items()}
+
+
 def _prices(v: Floats, s: Floats) -> Floats:
     """Prices [C] >= 0 of the caps with about the least Lagrange bound, sum max(0, v - s p) + sum p."""
     prices = np.full(s.shape[1], v.sum() / max(s.sum(), 1e-12))
@@ -141,10 +180,10 @@ def _search(
         whole = float(summed_v[last] - summed_v[first])
         if last >= count:
             return whole
-        return whole + values[last] * (goal - summed_w[last]) / weight[last]
+        return whole + float(values[last] * (goal - summed_w[last]) / weight[last])
 
     root = most(0, room)
-    best, best_taken = -1.0, ()
+    best, best_taken = -1.0, tuple[int, ...]()
     # (place, used, value, taken): the last one is looked at next.
     stack: list[tuple[int, tuple[float, ...], float, tuple[int, ...]]] = [
         (0, (0.0,) * s.shape[1], 0.0, ())

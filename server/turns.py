@@ -87,6 +87,7 @@ class Turns:
             exploration=c.exploration,
             coverage=c.coverage,
             strategy=c.strategy,
+            uplink_bytes=c.uplink_bytes,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
@@ -99,6 +100,7 @@ class Turns:
             command,
             chosen,
             shapes,
+            values,
             base=base,
             terms=terms,
             version=self._version,

@@ -6,13 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.training_set import CapError, choose, utility
+from server.training_set import CapError, choose, utility, within_uplink
+from tests.server.tiny_store import base_index
+
+ALL = np.array(list(itertools.product([0, 1], repeat=12)))
 
 
 def brute(value, cost, caps):
-    picks = np.array(list(itertools.product([0, 1], repeat=len(value))))
-    fits = (picks @ cost <= caps * (1 + 1e-9)).all(1)
-    return (picks @ value)[fits].max()
+    fits = (ALL @ cost <= caps * (1 + 1e-9)).all(1)
+    return (ALL @ value)[fits].max()
 
 
 def item_sets(n):
@@ -92,3 +94,21 @@ def test_utility_prefers_much_data_and_large_gradients():
 def test_what_cannot_be_used_is_refused(value, cost, caps):
     with pytest.raises(CapError):
         choose(value, cost, caps)
+
+
+def test_what_is_trained_fits_the_uplink():
+    base = base_index()  # 2 layers of 4 experts, hidden 16, intermediate 8
+    able = {"0": (2, 0), "1": (3, 1, 0)}
+    rank_of = {(0, 2): 2, (0, 0): 2, (1, 3): 2, (1, 1): 1, (1, 0): 1}
+    value = np.array([[0.3, 0.0, 0.4, 0.3], [0.2, 0.1, 0.2, 0.5]])
+    sides = sum(sum(base.features(p)) for p in base.projections)
+    wide, narrow = 4 * (2 * sides + 16), 4 * (sides + 16)
+
+    def trained(cap, **more):
+        return within_uplink(able, value, rank_of, base, cap, **more)
+
+    assert trained(0) == trained(1e9) == able
+    assert trained(2 * wide) == {"0": (2,), "1": (3,)}
+    assert trained(2 * wide + narrow) == {"0": (2,), "1": (3, 0)}
+    assert trained((2 * wide + narrow) / 4, bytes_per_number=1) == {"0": (2,), "1": (3, 0)}
+    assert trained(1) == {"0": (), "1": (3,)}
