@@ -14,6 +14,7 @@ from protocol.manifest import BaseIndex
 from server import (
     adapters,
     contribution,
+    coverage,
     expert_values,
     fft_adapter,
     peft_adapter,
@@ -23,6 +24,7 @@ from server import (
 from server.aggregate import Aggregated, aggregate
 from server.artifacts import Artifacts
 from server.expert_values import Floats
+from server.relevance import LAM
 from server.rules import Rules
 
 
@@ -42,6 +44,7 @@ class Folded:
     aggregated: Aggregated | None
     values: dict[str, Floats]  # smoothed, of the devices that reported
     trained_counts: NDArray[np.int64]
+    trained_mass: Floats
     activations: dict[str, Floats]  # of the devices that reported
     control: scaffold.Control = scaffold.NOTHING
 
@@ -52,9 +55,13 @@ def fold(
     base: BaseIndex,
     values: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
+    trained_mass: Floats | None,
     adapter: Mapping[str, NDArray[np.float32]],
     beta: float,
     rules: Rules,
+    relevance: str = "norm",
+    lam: float = LAM,
+    decay: float = coverage.DECAY,
     routers: Mapping[int, NDArray[np.floating]] | None = None,
     control: scaffold.Control = scaffold.NOTHING,
 ) -> Folded:
@@ -63,7 +70,7 @@ def fold(
     Parameters
     ----------
     updates : device -> accepted update
-    values, trained_counts, control : as they were before the round
+    values, trained_counts, trained_mass, control : as they were before the round
     routers : layer -> router rows of the base, for the drift of the gates
     """
     counts = np.zeros((len(base.moe_layers), base.num_experts), np.int64)
@@ -72,13 +79,14 @@ def fold(
     smoothed: dict[str, Floats] = {}
     activations: dict[str, Floats] = {}
     contributions = []
+    trained = []
     moved: dict[str, dict[str, NDArray[np.float32]]] = {}
     for device in sorted(updates):
         tensors = adapters.map_tensors(updates[device].path)
         tensors.pop("facts")
         stats = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("stats.")}
         if updates[device].tokens > 0:
-            new = expert_values.values(stats, beta)
+            new = expert_values.values(stats, beta, relevance, lam)
             smoothed[device] = expert_values.smooth(values.get(device), new)
             activations[device] = similarity.activation(stats)
         beside = [name for name in tensors if name.startswith(names.SCAFFOLD)]
@@ -86,6 +94,7 @@ def fold(
             moved[device] = {n.removeprefix(names.SCAFFOLD): tensors.pop(n) for n in beside}
         tokens = stats["trained_tokens"]
         counts += tokens > 0
+        trained.append(tokens)
         contributions.append(
             contribution.from_stats(
                 device,
@@ -102,10 +111,14 @@ def fold(
         aggregated = aggregate(adapter, contributions, base.projections, rules, routers=routers)
     if moved:
         control = scaffold.advance(control, moved, {n: v.shape for n, v in adapter.items()})
+    mass = coverage.faded(
+        np.zeros(counts.shape) if trained_mass is None else trained_mass, trained, decay
+    )
     return Folded(
         aggregated=aggregated,
         values=smoothed,
         trained_counts=counts,
+        trained_mass=mass,
         activations=activations,
         control=control,
     )

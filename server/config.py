@@ -15,7 +15,10 @@ from protocol.chunks import CHUNK_BYTES
 from protocol.messages import Task
 from protocol.objective import Objective
 from server.broker import KINDS
+from server.coverage import DECAY
+from server.relevance import LAM, RELEVANCE
 from server.rules import Gate, Lora, Members, Robust, Rules, SignConflict, Weighting
+from server.strategies import FIXED
 
 _EXAMPLE = """example:
   python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
@@ -79,6 +82,11 @@ class Config:
     patience: int = 3
     similar: int = 3
     head_room: float = 0.75
+    relevance: str = "norm"
+    lam: float = LAM
+    strategy: str = "coverage"
+    decay: float = DECAY
+    uplink_bytes: int = 0
     chunk_bytes: int = CHUNK_BYTES
     upload_budget: int = 64 << 20
     require_token: bool = False
@@ -115,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--state", type=Path, required=True, help="adapters, history, database")
     flag("host", "address to listen on")
     flag("port", "HTTP port, 0 for a free one")
-    known = "|".join(["auto", *KINDS])
-    flag("broker", f"{known}|mqtt[s]://[user:password@]host:port", metavar="BROKER")
+    kinds = "|".join(["auto", *KINDS])
+    flag("broker", f"{kinds}|mqtt[s]://[user:password@]host:port", metavar="BROKER")
     flag(
         "device_broker",
         "what devices are told, if not --broker less its password",
@@ -177,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     flag("patience", "turns without a better score before --structure changes a device")
     flag("similar", "devices whose sub-models it goes by", metavar="N")
     flag("head_room", "share of its trainable slots that a device begins with under --structure")
+    known = sorted(RELEVANCE)
+    flag("relevance", "how an expert's relevance is estimated", choices=known, metavar=None)
+    flag("lam", "weight of the general against the specific (mass, hfedmoe)")
+    flag("strategy", "how slots are filled; history suits --per-round", choices=FIXED, metavar=None)
+    flag("decay", "per round, of the training that --strategy history remembers")
+    flag("uplink_bytes", "cap of an update: the best experts that fit are trained; 0 for none")
     flag("chunk_bytes", "bytes of an update per message")
     flag("upload_budget", "bytes of uploads under way at a time")
     flag("require_token", "serve blobs only to registered devices")
@@ -237,6 +251,9 @@ def check(config: Config) -> Config:
         "patience": (1, 10**6),
         "similar": (1, 10**6),
         "head_room": (0.01, 1),
+        "lam": (0, 1),
+        "decay": (0, 1),
+        "uplink_bytes": (0, 2**40),
         "chunk_bytes": (256, 200 << 10),  # our own broker takes packets of 256 KiB
         "upload_budget": (1, 2**40),
     }

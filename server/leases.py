@@ -16,10 +16,11 @@ from protocol import tensors
 from protocol.manifest import BaseIndex, Blob, Shape
 from protocol.messages import Lease
 from protocol.objective import Objective
-from server import adapters, choose_experts, expert_values, scaffold
+from server import adapters, expert_values, scaffold, training_set
 from server.choose_experts import Chosen
 from server.expert_values import Floats
 from server.rounds import OpenRound
+from server.strategies import STRATEGIES, Fleet
 from server.structure import Held
 
 
@@ -35,6 +36,8 @@ class Terms:
     seed: int
     exploration: float
     coverage: float
+    strategy: str
+    uplink_bytes: int
     gate_warmup: int = 0  # first rounds in which router rows do not learn
     objective: Objective = Objective()
     uplink: Literal["float32", "int8", "int4"] = "float32"
@@ -59,6 +62,7 @@ def select(
     shapes: Mapping[str, Shape],
     known: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
+    trained_mass: Floats | None,
     former: Mapping[str, Lease],
     base: BaseIndex,
     terms: Terms,
@@ -67,6 +71,7 @@ def select(
 
     Parameters
     ----------
+    trained_mass : [L, E], see `coverage.faded`
     former : device -> its last lease, as far as it had one: what it holds now
     """
     prior = np.asarray(base.routing_prior, np.float64)
@@ -74,15 +79,17 @@ def select(
     if trained_counts is not None and command.work == "train":
         bonus = expert_values.exploration_bonus(trained_counts, command.round, terms.exploration)
         value = {device: v + bonus for device, v in value.items()}
-    return choose_experts.choose(
-        value,
-        {device: shape.slots for device, shape in shapes.items()},
+    fleet = Fleet(
+        value=value,
+        slots={device: shape.slots for device, shape in shapes.items()},
         top_k=base.top_k,
         # The last round only measures: every device holds what is best for itself.
         coverage=0.0 if command.work == "evaluate" else terms.coverage,
         seed=terms.seed,
         former=holdings(former, base),
+        past=trained_mass,
     )
+    return STRATEGIES[terms.strategy](fleet)
 
 
 def holdings(former: Mapping[str, Lease], base: BaseIndex) -> dict[str, Chosen]:
@@ -97,6 +104,7 @@ def write_leases(
     command: OpenRound,
     chosen: Mapping[str, Chosen],
     shapes: Mapping[str, Shape],
+    known: Mapping[str, Floats],
     *,
     base: BaseIndex,
     terms: Terms,
@@ -118,17 +126,21 @@ def write_leases(
     objective = terms.objective
     control = scaffold.read(adapter_folder, version) if objective.scaffold else scaffold.NOTHING
     warm = command.round > terms.gate_warmup
+    prior = np.asarray(base.routing_prior, np.float64)
     leases: dict[str, Lease] = {}
     for device, experts in chosen.items():
         resident = {str(layer): tuple(experts[i]) for i, layer in enumerate(base.moe_layers)}
         rank_of = adapters.ranks(resident, shapes[device], base)
-        trained = {
-            layer: tuple(e for e in held if rank_of[int(layer), e])
-            for layer, held in resident.items()
+        able = {
+            layer: tuple(e for e in ids if rank_of[int(layer), e])
+            for layer, ids in resident.items()
         }
         if held is not None and device in held:
             mine = dict(zip(map(str, base.moe_layers), held[device], strict=True))
-            trained = {k: tuple(e for e in ids if e in mine[k]) for k, ids in trained.items()}
+            able = {k: tuple(e for e in ids if e in mine[k]) for k, ids in able.items()}
+        trained = training_set.within_uplink(
+            able, known.get(device, prior), rank_of, base, terms.uplink_bytes
+        )
         part = adapters.part_for(adapter, rank_of, base)
         if train:
             part |= scaffold.part_for(control, part)

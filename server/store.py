@@ -199,6 +199,11 @@ class Store:
         """Each device's sub-model as JSON, see `structure.from_json`."""
         return dict(self._db.execute("SELECT device, state FROM structures").fetchall())
 
+    def trained_mass(self) -> NDArray[np.float64] | None:
+        """Training of each expert over the rounds, fading, [L, E]; None before the first."""
+        row = self._db.execute("SELECT trained FROM counts").fetchone()
+        return None if row is None else tensors.decode(row[0]).get("mass")
+
     # Rounds
 
     def open_round(
@@ -287,6 +292,7 @@ class Store:
         line: str,
         values: dict[str, NDArray[np.float64]],
         trained: NDArray[np.int64],
+        mass: NDArray[np.float64],
         over: bool,
         activations: Mapping[str, NDArray[np.float64]] | None = None,
         expert_versions: NDArray[np.int64] | None = None,
@@ -315,7 +321,7 @@ class Store:
             *_structures(structures),
             (
                 "INSERT OR REPLACE INTO counts VALUES (0, ?)",
-                (tensors.encode({"trained": trained}),),
+                (tensors.encode({"trained": trained, "mass": mass}),),
             ),
             (
                 "UPDATE leases SET state = 'missing', reason = 'stale' WHERE round = ? AND state = 'open'",

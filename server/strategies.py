@@ -52,7 +52,7 @@ def by_coverage(fleet: Fleet) -> dict[str, Chosen]:
 
 
 def by_history(fleet: Fleet) -> dict[str, Chosen]:
-    """By value, but for a share of the slots: to the experts trained the least so far, this round's holders included."""
+    """By value, but for a share of the slots: to those trained the least so far, holders of this round included."""
     return _choose(fleet, coverage=fleet.coverage, past=fleet.past)
 
 

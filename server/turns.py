@@ -98,10 +98,12 @@ class Turns:
             objective=c.rules.objective(c.objective, command.round),
             uplink=c.uplink,
             downlink=c.downlink,
+            strategy=c.strategy,
+            uplink_bytes=c.uplink_bytes,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
-        former = self._store.last_leases()
+        former, mass = self._store.last_leases(), self._store.trained_mass()
         values = prediction.complete(
             values,
             list(shapes),
@@ -111,7 +113,7 @@ class Turns:
             seed=c.seed,
         )
         chosen = await asyncio.to_thread(
-            leases.select, command, shapes, values, counts, former, base, terms
+            leases.select, command, shapes, values, counts, mass, former, base, terms
         )
         states = self.stage_two.begun(command.work, chosen, shapes)
         chosen = submodels.pin(chosen, shapes, states, leases.holdings(former, base))
@@ -120,6 +122,7 @@ class Turns:
             command,
             chosen,
             shapes,
+            values,
             base=base,
             terms=terms,
             version=self._version,
@@ -153,6 +156,10 @@ class Turns:
             trained_counts=before,
             adapter=adapters.read_version(self._adapters, version),
             beta=self._config.beta,
+            trained_mass=self._store.trained_mass(),
+            relevance=self._config.relevance,
+            lam=self._config.lam,
+            decay=self._config.decay,
             rules=self._config.rules,
             routers=self._artifacts.routers(),
             control=scaffold.read(self._adapters, version),
@@ -192,6 +199,7 @@ class Turns:
             json.dumps(line),
             folded.values,
             folded.trained_counts,
+            folded.trained_mass,
             over=command.work == "evaluate",
             activations=folded.activations,
             expert_versions=closing.expert_versions(

@@ -60,3 +60,20 @@ def test_a_run_ends_with_an_adapter(serve, fleet, broker):
     assert (server.state / "adapters" / "2" / "adapter_config.json").exists()
     server.stop()
     assert server.process.returncode == 0
+
+
+def test_a_run_by_other_rules_of_selection(serve, fleet):
+    cap = 1100  # two experts of rank 2: 4 * (2 * (16 + 16 + 16 + 8) + 16) bytes each
+    server = serve(
+        "--broker", "amqtt", "--rounds", "2", "--min-devices", "3", "--strategy", "history",
+        "--relevance", "frequency", "--beta", "0", "--uplink-bytes", str(cap),
+    )  # fmt: skip
+    devices = [
+        fleet(server.device("a")), fleet(server.device("b")), fleet(server.device("c", "large")),
+    ]  # fmt: skip
+    leases = run_all(devices)
+    for device in leases.values():
+        for lease in device[1:3]:
+            assert sum(len(trained) for trained in lease.trained.values()) == 2
+            assert all(set(t) <= set(lease.resident[layer]) for layer, t in lease.trained.items())
+    assert json.loads(devices[0].get("/v1/run"))["version"] == 2

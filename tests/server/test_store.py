@@ -46,10 +46,13 @@ def test_everything_is_there_after_a_reopening(tmp_path):
     assert rows["a"].facts == FACTS
     assert rows["a"].lease == lease("a")
     assert store.rejections() == store.rejections(1) == [{"device": "b", "reason": "NaN"}]
-    store.close_round(1, 4, "{}", {"a": np.ones((1, 2))}, np.full((1, 2), 3), over=False)
+    assert store.trained_mass() is None
+    value, counts, mass = np.ones((1, 2)), np.full((1, 2), 3), np.full((1, 2), 0.5)
+    store.close_round(1, 4, "{}", {"a": value}, counts, mass, over=False)
     assert (store.number("round"), store.number("version"), store.get("phase")) == (2, 4, "waiting")
     np.testing.assert_array_equal(store.values()["a"], np.ones((1, 2)))
     np.testing.assert_array_equal(store.trained_counts(), [[3, 3]])
+    np.testing.assert_array_equal(store.trained_mass(), [[0.5, 0.5]])
     store.close()
 
 

@@ -56,7 +56,8 @@ def test_random_is_fixed_per_device_and_differs_between_them():
     assert STRATEGIES["random"](fleet(first, slots, seed=1)) != got
     assert len({tuple(got[d][0]) for d in names}) > 35
     counts = np.bincount([e for d in names for e in got[d][0]], minlength=16)
-    assert counts.sum() == 160 and counts.min() > 0
+    assert counts.sum() == 160
+    assert counts.min() > 0
 
 
 def test_theta_gives_layers_what_they_need():
@@ -83,7 +84,7 @@ def test_every_fixed_strategy_fills_all_slots_and_is_deterministic(seed, name):
 
 
 def simulate(strategy, rounds, seed):
-    """30 devices of much the same taste, 5 per round, 4 of 16 experts: updates that trained each expert, and the mass."""
+    """30 devices of much the same taste, 5 a round, 4 of 16 experts: updates per expert, and the faded mass."""
     rng = np.random.default_rng(seed)
     names = [f"d{i}" for i in range(30)]
     common = rng.dirichlet(np.full(16, 0.3), 2)
