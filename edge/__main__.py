@@ -40,7 +40,11 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--profile", required=True, help="which of the server's artifacts fits this device")
     add("--data", required=True, type=Path, metavar="FILE", help="JSON lines, .gz allowed")
     add("--text", default="text", metavar="FIELD", help="field with the text (text)")
-    add("--label", metavar="FIELD", help="field with the label; without: language modelling")
+    add(
+        "--label",
+        metavar="FIELD",
+        help="field with the label or answer; without: language modelling",
+    )
     add("--device-id", metavar="ID", help="name in the fleet (remembered in the work folder)")
     add("--workdir", type=Path, metavar="DIR", help="blobs and outbox (.edge/ID or .edge/PROFILE)")
     add("--backend", choices=sorted(BACKENDS), default="executorch", help="(executorch)")

@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One example."""
+    """One example; `label` is the whole answer where answers are free text."""
 
     text: str
     label: str | None = None
@@ -119,10 +119,13 @@ def _row(line: bytes, text_field: str, label_field: str | None, where: str) -> R
     return Row(field(text_field), None if label_field is None else field(label_field))
 
 
-def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
-    """Every row has one of the run's labels; raises DataError naming the nearest."""
+def check_labels(rows: Sequence[Row], task: Task, where: str) -> None:
+    """Every row has one of the run's labels, or an answer of its own; raises DataError naming the nearest label."""
+    labels = task.labels
     known = set(labels)
     for number, row in enumerate(rows, 1):
+        if row.label is None and task.answer == "text":
+            raise DataError(f"{where}: the run wants answers, name the field that holds them")
         if row.label is None and labels:
             raise DataError(f"{where}: the run has labels, name the field that holds them")
         if labels and row.label not in known:
@@ -196,7 +199,8 @@ class Prompter:
     """Rows to batches for one task and one program shape.
 
     With `seq2seq` the prompt alone is the encoder's input, ended by the token `end` where the model has one, and the
-    answer is what the decoder shall say: `positions` stay 0 and are not used.
+    answer is what the decoder shall say: `positions` stay 0 and are not used. A free-text answer is ended by `end` too
+    where it leaves a place for it.
     """
 
     tokenizer: Tokenizer
@@ -214,10 +218,13 @@ class Prompter:
         `rng` draws what is free in plain language modelling (which part of a long text, which positions); without it
         the places are evenly spaced, for evaluation.
         """
-        if self.verbaliser is None:
+        if self.task.answer == "text":
+            answer = self._free(row)
+        elif self.verbaliser is None:
             return self._plain(row, rng)
+        else:
+            answer = self.verbaliser.answers[self.verbaliser.labels.index(str(row.label))]
         before, _, after = self.task.template.partition("{text}")
-        answer = self.verbaliser.answers[self.verbaliser.labels.index(str(row.label))]
         suffix = encode(self.tokenizer, after) if after else []
         ending = [] if self.end is None else [self.end]
         room = self.sequence - len(suffix) - len(ending if self.seq2seq else answer)
@@ -232,6 +239,14 @@ class Prompter:
             return [*prompt, *ending], [], list(answer)
         places = [len(prompt) - 1 + k for k in range(len(answer))]
         return [*prompt, *answer], places, list(answer)
+
+    def _free(self, row: Row) -> tuple[int, ...]:
+        """The first K tokens of the row's own answer, with the end token if K are not full."""
+        words = (row.label or "").strip()
+        tokens = encode(self.tokenizer, " " + words) if words else []
+        if self.end is not None:
+            tokens.append(self.end)
+        return tuple(tokens[: self.answers])
 
     def _plain(self, row: Row, rng: Generator | None) -> tuple[list[int], list[int], list[int]]:
         tokens = encode(self.tokenizer, row.text)
@@ -291,18 +306,39 @@ def prompter(
     base: BaseIndex | None = None,
 ) -> Prompter:
     """The prompter of a task, for a causal base unless given; raises DataError when labels cannot be told apart."""
+    if task.answer == "text" and task.labels:
+        raise DataError(
+            f"task: answers are free text, {len(task.labels)} labels found, none wanted"
+        )
     verbaliser = verbalise(task.labels, tokenizer, answers) if task.labels else None
-    if base is None or base.architecture != "seq2seq":
-        return Prompter(tokenizer, task, batch, sequence, answers, verbaliser)
-    end = base.config.get("eos_token_id")
+    end = None if base is None else base.config.get("eos_token_id")
     end = end if isinstance(end, int) else None
-    return Prompter(tokenizer, task, batch, sequence, answers, verbaliser, True, end)
+    seq2seq = base is not None and base.architecture == "seq2seq"
+    return Prompter(tokenizer, task, batch, sequence, answers, verbaliser, seq2seq, end)
 
 
 def evaluation_batches(prompts: Prompter, rows: Sequence[Row]) -> Iterator[Batch]:
     """Every row once, in order."""
     for start in range(0, len(rows), prompts.batch):
         yield prompts.assemble(rows[start : start + prompts.batch], None)
+
+
+def by_label(prompts: Prompter, rows: Sequence[Row]) -> Iterator[Batch]:
+    """Every row once, as far as possible in batches of one label, so that statistics can be told apart by it.
+
+    A label's last rows get a batch of their own when they fill half of one; fewer share batches with other labels. So
+    there are at most twice as many batches as without.
+    """
+    rest: list[Row] = []
+    for label in sorted({row.label or "" for row in rows}):
+        mine = [row for row in rows if (row.label or "") == label]
+        for start in range(0, len(mine), prompts.batch):
+            piece = mine[start : start + prompts.batch]
+            if 2 * len(piece) >= prompts.batch:
+                yield prompts.assemble(piece, None)
+            else:
+                rest += piece
+    yield from evaluation_batches(prompts, rest)
 
 
 def training_batches(

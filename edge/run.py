@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from edge import data, slots, trainer
+from edge import data, feedback, kept, slots, trainer
 from edge.deliver import Delivery, SendOffer
 from edge.fetch import BlobCache, FetchError, Server
 from edge.identity import Identity
+from edge.kept import Kept
 from edge.limits import MIB, MemoryLimit, OverBudgetError
 from edge.link import Connected, Event, Link
 from edge.outbox import Outbox, Parcel
-from edge.session import Artifact, Backend, SessionError, load_backend
+from edge.session import Artifact, Backend, FloatArrays, SessionError, load_backend
 from edge.trust import Trust
 from protocol import chunks, messages, tensors, topics, update
-from protocol.manifest import Blob, ManifestError, check_fits
+from protocol.manifest import ManifestError, check_fits
 
 log = logging.getLogger(__name__)
 READY_EVERY = 5.0
@@ -60,6 +62,7 @@ class Device:
     rows: list[data.Row]
     backend: Backend
     trust: Trust
+    kept: Kept
     limit: MemoryLimit | None = None
     counted_down: int = 0
     finished: set[str] = field(default_factory=set)
@@ -91,16 +94,19 @@ def run(options: Options) -> None:
         trust = Trust(options.workdir, options.trust)
         cache = BlobCache(server, options.workdir / "blobs")
         outbox = Outbox(options.workdir / "outbox")
+        keeps = Kept(options.workdir)
         device: Device | None = None
         while True:
             welcome = server.register(
                 identity.device, options.profile, identity.token, len(train_rows)
             )
             identity.remember(welcome.token)
-            data.check_labels(rows, welcome.task.labels, str(options.data))
+            data.check_labels(rows, welcome.task, str(options.data))
             if device is None:
                 backend = load_backend(options.backend)
-                device = Device(options, identity, server, cache, outbox, rows, backend, trust)
+                device = Device(
+                    options, identity, server, cache, outbox, rows, backend, trust, keeps
+                )
             log.info("device=%s run=%s profile=%s", identity.device, welcome.run, options.profile)
             artifact, prompts = prepare(device, welcome)
             with Link(welcome.broker, welcome.fleet, identity.device) as link:
@@ -234,15 +240,18 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
             learning_rate=lease.learning_rate,
             router_learning_rate=lease.router_learning_rate,
             seed=lease.seed,
+            objective=lease.objective,
         )
         for blob in slots.blobs_of(base, shape, resident):
             device.cache.get(blob)
         wanted = slots.adapter_shapes(base, shape, resident)
-        adapter = slots.check_adapter(read_adapter(device, lease.adapter), wanted)
+        adapter, shared = slots.split_adapter(read_adapter(device, lease), wanted, base)
         log.info(
             "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
         )
-        result, limit = work(device, here, job, adapter, check)
+        own = device.kept.read(lease.run)
+        result, limit = work(device, here, job, adapter, check, shared, own)
+        sent, owed = code(result, adapter, own, lease.uplink)
     except trainer.Abandoned:
         log.warning("lease=%s is no longer wanted: given up", lease.lease)
         return None
@@ -250,7 +259,7 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
         log.error("lease=%s cannot be fulfilled: %s", lease.lease, error)
         return None
     facts = facts_of(device, result, limit, time.monotonic() - started)
-    body = update.pack(result.adapter, result.stats, facts)
+    body = update.pack(sent, result.stats, facts)
     log.info(
         "round=%d lease=%s loss %.3f -> %.3f accuracy %.3f -> %.3f peak %.1f MiB of %.1f, update %.2f MB, %.1f s",
         lease.round,
@@ -258,16 +267,50 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
         *(facts.loss_before, facts.loss_after, facts.accuracy_before, facts.accuracy_after),
         *(facts.peak_bytes / MIB, facts.budget_bytes / MIB, len(body) / 1e6, facts.seconds),
     )
-    return device.outbox.put(lease.lease, lease.run, lease.nonce, body)
+    parcel = device.outbox.put(lease.lease, lease.run, lease.nonce, body)
+    keep(device, lease, own, {**result.kept, **owed})
+    return parcel
 
 
-def read_adapter(device: Device, blob: Blob) -> dict[str, Any]:
-    """The adapter slice of a lease."""
-    return tensors.decode(device.cache.get(blob).read_bytes(), blob.bytes)
+def read_adapter(device: Device, lease: messages.Lease) -> dict[str, Any]:
+    """The adapter slice of a lease, in float32."""
+    blob = lease.adapter
+    found = tensors.decode(device.cache.get(blob).read_bytes(), blob.bytes)
+    return tensors.widened(found) if lease.downlink == "float16" else found
+
+
+def code(
+    result: trainer.Result,
+    adapter: FloatArrays,
+    own: FloatArrays,
+    kind: Literal["float32", "int8", "int4"],
+) -> tuple[tensors.Tensors, FloatArrays]:
+    """(tensors of the update, what of the coding's losses stays here)."""
+    if kind == "float32" or not result.adapter:
+        return {**result.adapter, **result.control}, {}
+    change = {name: value - adapter[name] for name, value in result.adapter.items()}
+    coded = feedback.code({**change, **result.control}, adapter, own, kind)
+    return coded.tensors, coded.kept
+
+
+def keep(device: Device, lease: messages.Lease, own: FloatArrays, new: FloatArrays) -> None:
+    """Note what stays on the device. After the outbox has the update: what is kept belongs to it."""
+    if not new:
+        return
+    try:
+        device.kept.write(lease.run, kept.merged(own, new, (feedback.RESIDUAL, feedback.BASIS)))
+    except OSError as error:
+        log.warning("lease=%s nothing is kept for the next one: %s", lease.lease, error)
 
 
 def work(
-    device: Device, here: Attendance, job: trainer.Job, adapter: Any, check: Any
+    device: Device,
+    here: Attendance,
+    job: trainer.Job,
+    adapter: FloatArrays,
+    check: Callable[[], None],
+    shared: FloatArrays,
+    own: FloatArrays,
 ) -> tuple[trainer.Result, MemoryLimit]:
     """`trainer.work` under the memory limit."""
     limit = device.limit
@@ -284,6 +327,8 @@ def work(
             train_rows,
             data.first_by_hash(held_back, device.options.held_back),
             check,
+            shared,
+            own,
         )
     if limit.peak() > limit.budget:
         line = limit.message(f"{limit.peak() / MIB:.1f} MiB")

@@ -75,6 +75,7 @@ class Terms:
 
     Attributes
     ----------
+    logit_bias : float32 [V], added to the logits of a row's first answer token in training; None: nothing
     targets : MoE layer -> float32 [P], sums to 1; of the heterogeneity-aware balance. Uniform where it is missing
     """
 
@@ -86,6 +87,7 @@ class Terms:
     cap_where: Literal["both", "backward"] = "both"
     active: int = 0
     targets: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    logit_bias: NDArray[np.float32] | None = None
 
 
 PLAIN = Terms()
@@ -113,7 +115,9 @@ class TrainSession(Protocol):
     def parameters(self) -> FloatArrays:
         """Global name -> live alias: what is written to it is what the next step uses."""
 
-    def forward_backward(self, batch: Batch) -> tuple[float, dict[int, NDArray[np.float32]]]:
+    def forward_backward(
+        self, batch: Batch, terms: Terms = PLAIN
+    ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """Loss, and routed valid tokens per slot of each layer; the gradients are then ready."""
 
     def gradients(self) -> FloatArrays:
@@ -150,6 +154,7 @@ class Backend(Protocol):
 BACKENDS = {
     "executorch": "edge.session_executorch",
     "torch": "edge.session_torch",
+    "torch-routed": "edge.routed_torch",
     "torch-nf4": "edge.session_nf4",
 }
 

@@ -142,6 +142,28 @@ def check_adapter(adapter: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> Flo
     return dict(adapter)
 
 
+def split_adapter(
+    blob: Arrays, wanted: Mapping[str, tuple[int, ...]], base: BaseIndex
+) -> tuple[FloatArrays, FloatArrays]:
+    """(adapter, what else came with it) of a lease's blob, checked.
+
+    Returns
+    -------
+    adapter : see `check_adapter`
+    shared : `scaffold.<name>` in the shape of that name, `trained_counts` [L, E]; each may be missing
+
+    Raises
+    ------
+    SlotError
+    """
+    beside = {names.SCAFFOLD + name: size for name, size in wanted.items()}
+    beside["trained_counts"] = (len(base.moe_layers), base.num_experts)
+    shared = {name: value for name, value in blob.items() if name in beside}
+    check_adapter(shared, {name: beside[name] for name in shared})
+    adapter = {name: value for name, value in blob.items() if name not in shared}
+    return check_adapter(adapter, wanted), dict(shared)
+
+
 def blobs_of(base: BaseIndex, shape: Shape, resident: Resident) -> list[Blob]:
     """The expert blobs that these experts need, each in the format of its slot."""
     position = {layer: i for i, layer in enumerate(base.moe_layers)}

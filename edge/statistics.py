@@ -1,6 +1,6 @@
 """Sums over batches: routing statistics per expert, loss, accuracy. Pure.
 
-Letters: L MoE layers, E experts, P slots, B batch rows, K answer positions, V vocabulary.
+Letters: L MoE layers, E experts, P slots, B batch rows, K answer positions, V vocabulary, Y labels.
 """
 
 from __future__ import annotations
@@ -50,6 +50,15 @@ class RoutingSums:
         """float32 [L, E] each, named as in `protocol.update.STATS`."""
         return {name: value.astype(np.float32) for name, value in self._sums.items()}
 
+    def shares(self) -> dict[int, NDArray[np.float64]]:
+        """MoE layer -> [P], the residents' share of the router's mass on them; uniform where nothing was measured."""
+        found = {}
+        for layer, held in self._resident.items():
+            mass = np.maximum(self._sums["mass"][self._row[layer], list(held)], 0)
+            total = mass.sum()
+            found[layer] = mass / total if total > 0 else np.full(len(held), 1 / len(held))
+        return found
+
     def missed_mass(self) -> tuple[float, ...]:
         """Mean per token and layer of the full router's mass on experts that are not here, in [0, 1]."""
         # The router's probabilities of a token sum to 1: the mass of a layer counts the tokens that passed it.
@@ -57,16 +66,77 @@ class RoutingSums:
         return tuple(float(x) for x in np.clip(share, 0, 1))
 
 
+def label_information(counts: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Each expert's share of the information that routing carries about the label.
+
+    Parameters
+    ----------
+    counts : [..., E, Y], how many tokens of a label (soft: by router probability) an expert got
+
+    Returns
+    -------
+    [..., E] nats: p_e KL(p(y|e) || p(y)), whose sum over experts is I(E;Y) exactly, as every token has one expert. The
+    plug-in estimate of a sum is too large by about (E - 1)(Y - 1) / 2N (Miller and Madow 1955; E, Y: those that occur;
+    N: all tokens); as much is taken off, from each expert in proportion, and nothing falls below 0. Tokens of one row
+    are not independent, so that some of the bias stays.
+
+    Examples
+    --------
+    >>> label_information(np.array([[500.0, 0.0], [0.0, 500.0]])).round(4).tolist()  # log 2, less 1 / 2000
+    [0.3463, 0.3463]
+    >>> label_information(np.array([[30.0, 30.0], [10.0, 10.0]])).tolist()
+    [0.0, 0.0]
+    """
+    joint = np.asarray(counts, np.float64)
+    total = joint.sum((-2, -1), keepdims=True)
+    joint = joint / np.where(total > 0, total, 1)
+    expert, label = joint.sum(-1, keepdims=True), joint.sum(-2, keepdims=True)
+    apart = expert * label
+    ratio = np.divide(joint, apart, out=np.ones_like(joint), where=(joint > 0) & (apart > 0))
+    each: NDArray[np.float64] = np.maximum((joint * np.log(ratio)).sum(-1), 0)
+    kinds = ((expert > 0).sum((-2, -1)) - 1) * ((label > 0).sum((-2, -1)) - 1)
+    bias = kinds / (2 * np.where(total > 0, total, 1)[..., 0, 0])
+    whole = each.sum(-1)
+    left = np.maximum(0, 1 - np.divide(bias, whole, out=np.zeros_like(whole), where=whole > 0))
+    return np.asarray(each * left[..., None])
+
+
+class LabelCounts:
+    """Soft counts of experts and labels, from batches whose rows share a label. They never leave the device."""
+
+    def __init__(self, moe_layers: Sequence[int], experts: int, labels: int) -> None:
+        self._row = {layer: i for i, layer in enumerate(moe_layers)}
+        self._counts = np.zeros((len(moe_layers), experts, labels))
+
+    def add(self, batch: Batch, stats: Mapping[int, LayerStats]) -> None:
+        """Count a batch; one without labels, or with several, is passed over."""
+        found = np.unique(batch.labels[batch.valid.any(-1)])
+        if len(found) == 1 and found[0] >= 0:
+            for layer, sums in stats.items():
+                self._counts[self._row[layer], :, found[0]] += sums.top
+
+    def information(self) -> NDArray[np.float32]:
+        """float32 [L, E], see `label_information`; all 0 without labels."""
+        if not self._counts.size:
+            return np.zeros(self._counts.shape[:2], np.float32)
+        return label_information(self._counts).astype(np.float32)
+
+
 class Score:
     """Loss per answer token, and accuracy over rows with labels."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: NDArray[np.float32] | None = None) -> None:
+        """`bias` [V] is added to the logits of every first answer token, see `Objective.label_prior`."""
+        self._bias = bias
         self._nll, self._weight, self._right, self._rows = 0.0, 0.0, 0, 0
 
     def add(
         self, logits: NDArray[np.float32], batch: Batch, first: NDArray[np.int64] | None
     ) -> None:
         """Add logits [B, K, V]; `first` [labels] are the first answer tokens, None without labels."""
+        if self._bias is not None:
+            logits = logits.copy()
+            logits[:, 0] += self._bias
         shifted = logits - logits.max(-1, keepdims=True)
         log_sum = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
         picked = np.take_along_axis(shifted, batch.targets[..., None], -1)[..., 0]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 def dirichlet(
     groups: Sequence[str],
     devices: int,
-    rows_per_device: int,
+    rows_per_device: int | Sequence[int],
     alpha: float,
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
@@ -26,20 +26,20 @@ def dirichlet(
         Group of each row.
     devices : int
         D.
-    rows_per_device : int
-        At most so many rows each; fewer when D times that many do not exist.
+    rows_per_device : int, or D int
+        At most so many rows each; fewer when D times that many do not exist. D numbers: exactly so many.
     alpha : float
         Concentration: 0.1 gives nearly one group per device, 100 nearly the same mix for all.
     rng : numpy Generator
 
     Returns
     -------
-    D arrays of row indices, disjoint, of equal length
+    D arrays of row indices, disjoint, of equal length unless lengths are given
 
     Raises
     ------
     ValueError
-        alpha is not positive, or there are fewer rows than devices.
+        alpha is not positive, there are fewer rows than devices, or fewer than the lengths ask for.
 
     Examples
     --------
@@ -55,12 +55,19 @@ def dirichlet(
     where: dict[str, list[int]] = {name: [] for name in names}
     for index in rng.permutation(len(groups)):
         where[groups[index]].append(int(index))
-    wanted = min(rows_per_device, len(groups) // devices)
+    if isinstance(rows_per_device, int):
+        wanted = [min(rows_per_device, len(groups) // devices)] * devices
+    else:
+        wanted = [int(n) for n in rows_per_device]
+    if len(wanted) != devices or sum(wanted) > len(groups):
+        raise ValueError(f"{sum(wanted)} rows for {len(wanted)} devices wanted of {len(groups)}")
     taken: list[list[int]] = [[] for _ in range(devices)]
     mixes = rng.dirichlet(np.full(len(names), alpha), size=devices)
     # One row each in turn, so that no device empties a group before the others have had theirs.
-    for _ in range(wanted):
+    for turn in range(max(wanted)):
         for device in range(devices):
+            if turn >= wanted[device]:
+                continue
             left = np.array([bool(where[name]) for name in names])
             share = np.where(left, mixes[device] + 1e-9, 0.0)
             group = int(rng.choice(len(names), p=share / share.sum()))

@@ -28,11 +28,13 @@ class MessageError(ValueError):
 class Task:
     """What the run teaches. `labels` empty: plain language modelling of `{text}`.
 
-    With labels, a row is `template` with `{text}` filled in, followed by a space and the label.
+    With labels, a row is `template` with `{text}` filled in, followed by a space and the label. With `answer` "text"
+    there are no labels: every row brings its own answer, any text, in its label's place.
     """
 
     template: str = "Text: {text}\nTopic:"
     labels: tuple[str, ...] = ()
+    answer: Literal["label", "text"] = "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,9 @@ class Lease:
 
     `work`: "profile" measures accuracy and routing statistics only, "train" trains as well, "evaluate" measures the
     final adapter. `resident` and `trained` map a layer id (as text) to global expert ids, in slot order.
-    `adapter` is a safetensors blob with the LoRA factors and router rows of the resident experts.
+    `adapter` is a safetensors blob with the LoRA factors and router rows of the resident experts, in float32, or in
+    float16 (`downlink`): then both sides work from the rounded values. With SCAFFOLD it also holds the control
+    variates `scaffold.<name>`, and for the heterogeneity-aware balance `trained_counts` float32 [L, E].
     """
 
     kind: Literal["lease"] = "lease"
@@ -95,6 +99,7 @@ class Lease:
     seed: int
     objective: Objective = Objective()
     uplink: Literal["float32", "int8", "int4"] = "float32"  # how the update's factors are coded
+    downlink: Literal["float32", "float16"] = "float32"  # of the adapter
     seconds: float  # until the deadline, counted from receipt: device clocks are not trusted
     nonce: str
 

@@ -11,6 +11,8 @@ from typing import Literal
 
 PROJECTIONS = ("gate_up", "up", "down", "adapter")
 """gate_up and down of a gated expert, up and down of a plain one (Switch), adapter of an FFT-MoE expert."""
+SCAFFOLD = "scaffold."
+"""Before the name of a tensor: its control variate (arXiv 1910.06378)."""
 Factor = Literal["lora_A", "lora_B"]
 FACTORS: tuple[Factor, ...] = ("lora_A", "lora_B")
 

@@ -55,6 +55,35 @@ def decode(data: bytes, max_bytes: int = 1 << 30) -> dict[str, NDArray[Any]]:
         raise TensorError(f"not a safetensors file: {error}") from error
 
 
+def narrowed(tensors: Tensors) -> dict[str, NDArray[np.float16]]:
+    """float16 of every tensor, for half the bytes on the way to a device; relative error at most 2^-11 above 6e-5.
+
+    Raises
+    ------
+    TensorError
+        A value beyond 65504.
+    """
+    small = {}
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            small[name] = np.asarray(value, np.float16)
+        if not np.isfinite(small[name]).all():
+            raise TensorError(f"{name}: too large for float16")
+    return small
+
+
+def widened(tensors: Tensors) -> dict[str, NDArray[np.float32]]:
+    """float32 of float16 tensors; raises TensorError when one is of another type.
+
+    >>> widened(narrowed({"a": np.array([0.1])}))["a"].tolist()
+    [0.0999755859375]
+    """
+    for name, value in tensors.items():
+        if value.dtype != np.float16:
+            raise TensorError(f"{name[:80]}: {value.dtype} found, float16 wanted")
+    return {name: value.astype(np.float32) for name, value in tensors.items()}
+
+
 DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I64": np.int64}
 
 

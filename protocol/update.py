@@ -1,10 +1,13 @@
 """The body of an update: a safetensors file with three kinds of tensors, and JSON facts in one of them.
 
     layers.{l}.experts.{e}.{projection}.lora_A|B, layers.{l}.router.{e}   float32: new values (not differences)
+    scaffold.{name}                                                     float32: change of a control variate (SCAFFOLD)
     stats.{name}                                                        float32 [L, E] routing statistics
     facts                                                               uint8: UTF-8 JSON of `Facts`
 
-LoRA factors are sent as values, router rows as the change against the base checkpoint (as in the adapter).
+LoRA factors are sent as values, router rows as the change against the base checkpoint (as in the adapter). Under a
+lease with `uplink` int8 or int4, the first two kinds are replaced by the coded differences from the leased values, see
+`protocol.uplink`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from reference_base.balance import balance, information
-from reference_base.corpus import DOMAINS, END, PAD, documents, encode, train_tokenizer
+from reference_base.corpus import END, PAD, documents, encode, train_tokenizer
 
 log = logging.getLogger(__name__)
 VOCABULARY, SEQUENCE = 4096, 256
@@ -91,13 +91,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def batch(
-    streams: dict[str, NDArray[np.uint16]], size: int, rng: np.random.Generator
+    streams: dict[str, NDArray[np.uint16]],
+    size: int,
+    rng: np.random.Generator,
+    mix: Mapping[str, float] = MIX,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [size, SEQUENCE + 1], each row from one domain, and the rows' domains [size]."""
-    rows = []
-    domains = rng.choice(len(DOMAINS), size, p=[MIX[d] for d in DOMAINS])
+    rows, names = [], list(mix)
+    domains = rng.choice(len(names), size, p=list(mix.values()))
     for domain in domains:
-        stream = streams[DOMAINS[domain]]
+        stream = streams[names[domain]]
         start = rng.integers(0, len(stream) - SEQUENCE - 1)
         rows.append(stream[start : start + SEQUENCE + 1].astype(np.int64))
     return torch.from_numpy(np.stack(rows)), torch.from_numpy(domains)
@@ -140,15 +143,23 @@ def save(model: OlmoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def pretrain(
-    data: Path, out: Path, minutes: float, rows: int, seed: int, resume: Path | None
+    data: Path,
+    out: Path,
+    minutes: float,
+    rows: int,
+    seed: int,
+    resume: Path | None,
+    read: Callable[[Path], tuple[dict[str, list[str]], dict[str, list[str]]]] = documents,
+    mix: Mapping[str, float] = MIX,
 ) -> None:
     """Train for `minutes` of wall-clock time; write the model and `training_log.jsonl` to `out`.
 
-    `resume` goes on from a saved model and its tokenizer; the optimizers start afresh.
+    `resume` goes on from a saved model and its tokenizer; the optimizers start afresh. `read` gives seen and held-out
+    documents by domain, `mix` the share of each.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    seen, held = documents(data)
+    seen, held = read(data)
     if resume:
         tokenizer = Tokenizer.from_file(str(resume / "tokenizer.json"))
     else:
@@ -185,7 +196,7 @@ def pretrain(
             factor = min(1.0, (step + 1) / 100) * min(1.0, (1 - done) / 0.6)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * factor
-            ids, domains = batch(streams, rows, rng)
+            ids, domains = batch(streams, rows, rng, mix)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 result = model(input_ids=ids, labels=ids)
             loss = result.loss

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol import names, update
+from protocol import names, tensors, update, uplink
 from protocol.manifest import BaseIndex
 from protocol.messages import Lease
+from protocol.names import Factor
+from protocol.objective import Objective
 from protocol.tensors import TensorError
 from protocol.update import Facts
 
@@ -42,8 +44,21 @@ class Accepted:
         return self.stats["trained_tokens"]
 
 
+def factors_sent(objective: Objective) -> tuple[Factor, ...]:
+    """LoRA factors of an update under this objective.
+
+    >>> factors_sent(Objective(factors="lora_B")), factors_sent(Objective(personal=True))
+    (('lora_B',), ('lora_A',))
+    """
+    if objective.personal:
+        return ("lora_A",)
+    return names.FACTORS if objective.factors == "both" else (objective.factors,)
+
+
 def expected_shapes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every adapter tensor of an update for `lease`.
+    """Name -> shape of every tensor of an update for `lease` but its statistics.
+
+    What the lease's objective sends of the trained experts, and with SCAFFOLD `scaffold.<name>` for each.
 
     Raises
     ------
@@ -60,9 +75,13 @@ def expected_shapes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> dict[str,
                 raise UpdateRejected(f"expert {expert} of layer {layer} is in a frozen slot")
             for projection in base.projections:
                 out, into = base.features(projection)
-                shapes[names.lora(int(layer), expert, projection, "lora_A")] = (rank, into)
-                shapes[names.lora(int(layer), expert, projection, "lora_B")] = (out, rank)
+                whole = {"lora_A": (rank, into), "lora_B": (out, rank)}
+                for factor in factors_sent(lease.objective):
+                    shapes[names.lora(int(layer), expert, projection, factor)] = whole[factor]
             shapes[names.router_row(int(layer), expert)] = (base.hidden,)
+    shapes = {name: shape for name, shape in shapes.items() if lease.objective.sends(name)}
+    if lease.objective.scaffold:
+        shapes |= {names.SCAFFOLD + name: shape for name, shape in shapes.items()}
     return shapes
 
 
@@ -70,8 +89,11 @@ def max_update_bytes(lease: Lease, rank_of: RankOf, base: BaseIndex) -> int:
     """The most bytes that an update for `lease` can need; raises UpdateRejected as `expected_shapes`."""
     shapes = expected_shapes(lease, rank_of, base)
     stats = len(update.STATS) * len(base.moe_layers) * base.num_experts
-    floats = sum(int(np.prod(shape)) for shape in shapes.values()) + stats
-    return 4 * floats + HEADER * (len(shapes) + len(update.STATS)) + (64 << 10)
+    beside = 4 * stats + HEADER * len(update.STATS) + (64 << 10)
+    if lease.uplink != "float32" and shapes:
+        return beside + uplink.coded_bytes(shapes, lease.uplink) + HEADER * 2
+    floats = sum(int(np.prod(shape)) for shape in shapes.values())
+    return beside + 4 * floats + HEADER * len(shapes)
 
 
 def accept(
@@ -82,6 +104,7 @@ def accept(
     rank_of: RankOf,
     tokens_per_step: int,
     version: int,
+    leased: Mapping[str, NDArray[Any]] | None = None,
 ) -> Accepted:
     """Open and check an update.
 
@@ -92,6 +115,14 @@ def accept(
     rank_of : (layer, expert) -> rank of the slot of each resident expert, see `adapters.ranks`
     tokens_per_step : batch rows times sequence of the device's program; bounds what it can have trained on
     version : adapter version of the open round; an update from another one is stale
+    leased : the device's slice of that version in float32, see `adapters.part_for`; needed where the lease codes the
+        update, or rounds the adapter on its way down
+
+    Returns
+    -------
+    Accepted
+        Its tensors are values again, whatever the coding, and the change against the server's own float32 adapter is
+        the device's change, whatever the rounding of the downlink.
 
     Raises
     ------
@@ -102,22 +133,46 @@ def accept(
         raise UpdateRejected(f"stale: trained from version {lease.base_version}, now {version}")
     wanted = expected_shapes(lease, rank_of, base)
     try:
-        tensors, stats, facts = update.unpack(data, max_update_bytes(lease, rank_of, base))
+        found, stats, facts = update.unpack(data, max_update_bytes(lease, rank_of, base))
+        values = _values(found, lease, wanted, leased)
     except TensorError as error:
         raise UpdateRejected(str(error)) from error
-    _check_tensors(tensors, wanted)
     layers, experts = len(base.moe_layers), base.num_experts
     _check_tensors(stats, {name: (layers, experts) for name in update.STATS})
     _check_stats(stats, facts, lease, base, lease.steps * tokens_per_step)
-    for name in sorted(tensors):
-        rms = float(np.sqrt(np.mean(np.square(tensors[name], dtype=np.float64))))
+    for name in sorted(values):
+        rms = float(np.sqrt(np.mean(np.square(values[name], dtype=np.float64))))
         if rms > MAX_RMS:
             raise UpdateRejected(f"{name}: root mean square {rms:.3g}, at most {MAX_RMS} wanted")
     if len(facts.missed_mass) != layers:
         raise UpdateRejected(f"missed mass of {len(facts.missed_mass)} layers, {layers} wanted")
     if facts.rows < 0 or facts.tokens < 0 or facts.steps < 0 or facts.held_back_rows < 0:
         raise UpdateRejected("negative count in the facts")
-    return Accepted(tensors=tensors, stats=stats, facts=facts)
+    return Accepted(tensors=values, stats=stats, facts=facts)
+
+
+def _values(
+    found: Mapping[str, NDArray[Any]],
+    lease: Lease,
+    wanted: Mapping[str, tuple[int, ...]],
+    leased: Mapping[str, NDArray[Any]] | None,
+) -> dict[str, NDArray[np.float32]]:
+    """Checked tensors of an update, as values in terms of the float32 adapter."""
+    if lease.uplink == "float32" or not wanted:
+        _check_tensors(found, wanted)
+        moved = dict(found)
+        if lease.downlink == "float16":
+            assert leased is not None
+            rounded = tensors.widened(
+                tensors.narrowed({n: leased[n] for n in leased if n in wanted})
+            )
+            moved |= {name: moved[name] - rounded[name] + leased[name] for name in rounded}
+        return moved
+    assert leased is not None
+    change = uplink.decode(found, wanted, lease.uplink)
+    moved = {name: leased[name] + c if name in leased else c for name, c in change.items()}
+    _check_tensors(moved, wanted)
+    return moved
 
 
 def _check_tensors(

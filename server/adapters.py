@@ -113,12 +113,12 @@ def ranks(
     return found
 
 
-def slice_for(
+def part_for(
     adapter: Mapping[str, NDArray[np.float32]],
     rank_of: Mapping[tuple[int, int], int],
     base: BaseIndex,
-) -> bytes:
-    """Safetensors bytes with what a device needs of the adapter.
+) -> dict[str, NDArray[np.float32]]:
+    """What a device needs of the adapter.
 
     Parameters
     ----------
@@ -138,7 +138,16 @@ def slice_for(
             part[key] = adapter[key][:, :rank]
         key = names.router_row(layer, expert)
         part[key] = adapter[key]
-    return tensors.encode(part)
+    return part
+
+
+def slice_for(
+    adapter: Mapping[str, NDArray[np.float32]],
+    rank_of: Mapping[tuple[int, int], int],
+    base: BaseIndex,
+) -> bytes:
+    """`part_for` as safetensors bytes."""
+    return tensors.encode(part_for(adapter, rank_of, base))
 
 
 def write_blob(folder: Path, data: bytes) -> Blob:

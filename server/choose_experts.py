@@ -4,7 +4,8 @@ Letters: L MoE layers, E experts per layer, P slots of a layer, T <= P trained o
 
 The slots of a layer are ordered by worth: rank first, then width of the format. The most valuable experts fill them in
 that order, but for C trained slots: these go to the experts that the fewest devices train, because greedy selection per
-device starves experts globally (arXiv 2512.23070). A frozen slot trains nothing and so never counts as coverage.
+device starves experts globally (arXiv 2512.23070). A frozen slot trains nothing and so never counts as coverage. With
+`past`, what experts were given in the rounds before counts as holders do: few devices a round then cover them in turn.
 
 Another expert, or the same in another format, is a blob to download. So the choice starts from what the device holds,
 and an expert gives way only to one whose value is higher by more than a margin, or where coverage needs it.
@@ -80,6 +81,7 @@ def choose(
     coverage: float,
     seed: int,
     former: Mapping[str, Chosen] | None = None,
+    past: Floats | None = None,
 ) -> dict[str, Chosen]:
     """Fill the slots of all devices together.
 
@@ -93,6 +95,8 @@ def choose(
     seed : int
         Breaks ties only.
     former : device -> what it held last, in slot order
+    past : [L, E], optional
+        Training of each expert in former rounds, in holders: `coverage.faded`.
 
     Returns
     -------
@@ -114,7 +118,8 @@ def choose(
         rooms = {d: _room(slots[d][layer], experts, top_k, coverage) for d in devices}
         worth = {d: value[d][layer] + jitter[layer] for d in devices}
         held = {d: former[d][layer] if former and d in former else [] for d in devices}
-        for device, ids in _layer(devices, rooms, worth, held, experts).items():
+        before = np.zeros(experts) if past is None else past[layer].astype(np.float64)
+        for device, ids in _layer(devices, rooms, worth, held, before).items():
             chosen[device].append(ids)
     return chosen
 
@@ -124,11 +129,11 @@ def _layer(
     rooms: Mapping[str, _Room],
     worth: Mapping[str, Floats],
     former: Mapping[str, Sequence[int]],
-    experts: int,
+    past: Floats,
 ) -> dict[str, list[int]]:
+    experts, holders = len(past), past.copy()
     margin = MARGIN / experts
     ranked, own, shared = {}, {}, {}
-    holders = np.zeros(experts, np.int64)
     for d in devices:
         room, held = rooms[d], former[d]
         # What it held for its value keeps its place; what it held for coverage is as good as its value.
@@ -156,14 +161,14 @@ def _fill(
     worth: Mapping[str, Floats],
     own: Mapping[str, list[int]],
     shared: Mapping[str, list[int]],
-    holders: NDArray[np.int64],
+    holders: Floats,
 ) -> None:
     """Give the free coverage slots to the experts with the fewest holders; in place."""
     free = [d for d in devices if len(shared[d]) < rooms[d].shared]
     # One slot per device and turn, so that no device takes all rare experts.
     while free:
         for d in free:
-            key = holders.astype(np.float64)
+            key = holders.copy()
             key[own[d] + shared[d]] = np.inf
             rarest = np.flatnonzero(key == key.min())
             expert = int(rarest[np.argmax(worth[d][rarest])])
@@ -177,7 +182,7 @@ def _balance(
     worth: Mapping[str, Floats],
     own: Mapping[str, list[int]],
     shared: Mapping[str, list[int]],
-    holders: NDArray[np.int64],
+    holders: Floats,
 ) -> None:
     """Replace common experts in coverage slots by rare ones until no replacement makes the counts more even; in place.
 
@@ -199,8 +204,8 @@ def _balance(
 
 
 def _best_move(
-    worth: Floats, own: Sequence[int], shared: Sequence[int], holders: NDArray[np.int64]
-) -> tuple[tuple[int, float], int, int]:
+    worth: Floats, own: Sequence[int], shared: Sequence[int], holders: Floats
+) -> tuple[tuple[float, float], int, int]:
     """One device's expert with the most holders, and the one with the fewest that it lacks.
 
     Returns
@@ -209,8 +214,12 @@ def _best_move(
     """
     others = np.setdiff1d(np.arange(len(holders)), [*own, *shared])
     if not shared or not len(others):
-        return (0, 0.0), -1, -1
+        return (0.0, 0.0), -1, -1
     there = np.array(shared)
     common = int(there[np.lexsort((worth[there], -holders[there]))[0]])
     rare = int(others[np.lexsort((-worth[others], holders[others]))[0]])
-    return (int(holders[common] - holders[rare]), float(worth[rare] - worth[common])), common, rare
+    return (
+        (float(holders[common] - holders[rare]), float(worth[rare] - worth[common])),
+        common,
+        rare,
+    )

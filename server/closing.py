@@ -9,19 +9,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol import names
 from protocol.manifest import BaseIndex
-from server import adapters, expert_values, fft_adapter, peft_adapter, similarity
-from server.aggregate import Aggregated, Contribution, aggregate
+from server import (
+    adapters,
+    contribution,
+    expert_values,
+    fft_adapter,
+    peft_adapter,
+    scaffold,
+    similarity,
+)
+from server.aggregate import Aggregated, aggregate
 from server.artifacts import Artifacts
 from server.expert_values import Floats
+from server.rules import Rules
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reported:
-    """One accepted update: its file and the tokens behind its statistics."""
+    """One accepted update: its file, the tokens behind its statistics, the device's training rows."""
 
     path: Path
     tokens: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,7 @@ class Folded:
     values: dict[str, Floats]  # smoothed, of the devices that reported
     trained_counts: NDArray[np.int64]
     activations: dict[str, Floats]  # of the devices that reported
+    control: scaffold.Control = scaffold.NOTHING
 
 
 def fold(
@@ -42,15 +54,17 @@ def fold(
     trained_counts: NDArray[np.int64] | None,
     adapter: Mapping[str, NDArray[np.float32]],
     beta: float,
-    rule: str,
-    prior: float,
+    rules: Rules,
+    routers: Mapping[int, NDArray[np.floating]] | None = None,
+    control: scaffold.Control = scaffold.NOTHING,
 ) -> Folded:
     """Fold the updates of one round, memory-mapped, into `adapter` and into the expert values.
 
     Parameters
     ----------
     updates : device -> accepted update
-    values, trained_counts : as they were before the round
+    values, trained_counts, control : as they were before the round
+    routers : layer -> router rows of the base, for the drift of the gates
     """
     counts = np.zeros((len(base.moe_layers), base.num_experts), np.int64)
     if trained_counts is not None:
@@ -58,6 +72,7 @@ def fold(
     smoothed: dict[str, Floats] = {}
     activations: dict[str, Floats] = {}
     contributions = []
+    moved: dict[str, dict[str, NDArray[np.float32]]] = {}
     for device in sorted(updates):
         tensors = adapters.map_tensors(updates[device].path)
         tensors.pop("facts")
@@ -66,18 +81,33 @@ def fold(
             new = expert_values.values(stats, beta)
             smoothed[device] = expert_values.smooth(values.get(device), new)
             activations[device] = similarity.activation(stats)
+        beside = [name for name in tensors if name.startswith(names.SCAFFOLD)]
+        if beside:
+            moved[device] = {n.removeprefix(names.SCAFFOLD): tensors.pop(n) for n in beside}
         tokens = stats["trained_tokens"]
         counts += tokens > 0
-        weights = {
-            (base.moe_layers[i], int(e)): float(tokens[i, e])
-            for i, e in zip(*np.nonzero(tokens), strict=True)
-        }
-        contributions.append(Contribution(device=device, tensors=tensors, weights=weights))
+        contributions.append(
+            contribution.from_stats(
+                device,
+                tensors,
+                stats,
+                base.moe_layers,
+                top_k=base.top_k,
+                rows=updates[device].rows,
+                blend=rules.gate_blend,
+            )
+        )
     aggregated = None
-    if any(c.weights for c in contributions):
-        aggregated = aggregate(adapter, contributions, base.projections, rule=rule, prior=prior)
+    if any(c.trained_tokens for c in contributions):
+        aggregated = aggregate(adapter, contributions, base.projections, rules, routers=routers)
+    if moved:
+        control = scaffold.advance(control, moved, {n: v.shape for n, v in adapter.items()})
     return Folded(
-        aggregated=aggregated, values=smoothed, trained_counts=counts, activations=activations
+        aggregated=aggregated,
+        values=smoothed,
+        trained_counts=counts,
+        activations=activations,
+        control=control,
     )
 
 
@@ -111,6 +141,7 @@ def write_version(
     adapter: Mapping[str, NDArray[np.float32]],
     artifacts: Artifacts,
     base_name: str,
+    control: scaffold.Control = scaffold.NOTHING,
 ) -> None:
     """Write `folder/<version>/`: our own form and PEFT's, or for adapter experts the form our loader reads."""
     base = artifacts.base
@@ -123,4 +154,6 @@ def write_version(
         files = peft_adapter.peft_files(
             adapter, routers, base, version=version, base_name=name, extra=extra
         )
+    if control.variates:
+        files = {**files, scaffold.FILE: scaffold.to_bytes(control)}
     adapters.write_version(folder, version, adapter, files)

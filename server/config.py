@@ -8,19 +8,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from protocol import schema
 from protocol.chunks import CHUNK_BYTES
 from protocol.messages import Task
+from protocol.objective import Objective
 from server.broker import KINDS
+from server.rules import Gate, Lora, Members, Robust, Rules, SignConflict, Weighting
 
 _EXAMPLE = """example:
   python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
   (task.json: {"template": "Text: {text}\\nTopic:", "labels": ["sports", "music"]})"""
-RULES = ("svd", "factors")
 INITIAL = ("profile", "prior", "random")
 STRUCTURES = ("none", "freeze", "retry")
+UPLINKS: tuple[Literal["float32", "int8", "int4"], ...] = ("float32", "int8", "int4")
+DOWNLINKS: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
 
 
 class ConfigError(ValueError):
@@ -44,12 +47,28 @@ class Config:
     steps: int = 20
     learning_rate: float = 3e-3
     router_learning_rate: float = 3e-4
+    gate_rate_factor: float = 0.0
+    gate_warmup: int = 0
+    objective: Objective = Objective()
+    uplink: Literal["float32", "int8", "int4"] = "float32"
+    downlink: Literal["float32", "float16"] = "float32"
     min_updates: int = 1
     min_devices: int = 1
     deadline: float = 600.0
     per_round: int = 0
-    aggregate: str = "svd"
+    aggregate: Lora = "svd"
+    gate: Gate = "rows"
+    members: Members = "trained"
+    weighting: Weighting = "tokens"
+    temperature: float = 1.0
+    tau: float = 0.0
     prior: float = 0.05
+    copy_single: bool = False
+    staleness: float = 0.5
+    clip: float = 0.0
+    sign_conflict: SignConflict = "off"
+    robust: Robust = "mean"
+    gate_blend: float = 0.5
     seed: int = 0
     beta: float = 0.1
     exploration: float = 0.1
@@ -64,6 +83,12 @@ class Config:
     upload_budget: int = 64 << 20
     require_token: bool = False
     exit_when_done: bool = False
+
+    @property
+    def rules(self) -> Rules:
+        """How updates are combined; raises ValueError for a value out of its range."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(Rules) if f.name != "lora"}
+        return Rules(lora=self.aggregate, **chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,19 +124,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("fleet", "name of the fleet, part of every topic")
     p.add_argument(
-        "--task", type=Path, metavar="FILE.json", help="what is taught: template, labels"
+        "--task", type=Path, metavar="FILE.json", help="what is taught: template, labels, answer"
     )
     flag("base_name", "what the adapter's card calls its base", metavar="DIR_OR_HUB_ID")
     flag("rounds", "training rounds")
     flag("steps", "optimiser steps per lease")
     flag("learning_rate", "of the LoRA factors")
     flag("router_learning_rate", "of the router rows")
+    flag(
+        "gate_rate_factor",
+        "router rows learn at this share of --learning-rate; 0: as --router-learning-rate says",
+    )
+    flag("gate_warmup", "first training rounds in which router rows do not learn", metavar="N")
+    p.add_argument(
+        "--objective",
+        type=Path,
+        metavar="FILE.json",
+        help="local objective: what differs from plain cross entropy, see protocol/objective.py",
+    )
+    flag("uplink", "how updates are coded, with error feedback", choices=UPLINKS, metavar=None)
+    flag("downlink", "type of the adapter on its way down", choices=DOWNLINKS, metavar=None)
     flag("min_updates", "updates a round needs to close at its deadline")
     flag("min_devices", "devices to wait for before the first round")
     flag("deadline", "seconds a round may take", metavar="SECONDS")
     flag("per_round", "devices drawn per training round, 0 for all", metavar="N")
-    flag("aggregate", "how LoRA factors are combined", choices=RULES, metavar=None)
+    flag("aggregate", "how LoRA factors are combined", choices=get_args(Lora), metavar=None)
+    flag("gate", "how router rows are combined", choices=get_args(Gate), metavar=None)
+    flag("members", "who counts for an expert", choices=get_args(Members), metavar=None)
+    flag("weighting", "what a device's data is", choices=get_args(Weighting), metavar=None)
+    flag("temperature", "power of the share of tokens that trained an expert")
+    flag("tau", "least mean router probability of those who count for an expert")
     flag("prior", "prior mass of the old value, share of the median mass")
+    flag("copy_single", "copy an expert that one device trained as it is")
+    flag("staleness", "power of 1 / (1 + age of an update in rounds)")
+    flag("clip", "changes of at most so many median norms, 0 for any")
+    conflict = "coordinates on whose sign devices disagree"
+    flag("sign_conflict", conflict, choices=get_args(SignConflict), metavar=None)
+    flag("robust", "mean of 3 or more holders", choices=get_args(Robust), metavar=None)
+    flag("gate_blend", "share of mean against peak in the importance of an expert for the gate")
     flag("seed", "of device sampling and of the leases")
     flag("beta", "weight of redundancy against relevance")
     flag("exploration", "bonus for experts that were rarely trained")
@@ -144,9 +194,23 @@ def read_task(path: Path) -> Task:
         raise ConfigError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
+    if task.answer == "text" and task.labels:
+        raise ConfigError(f"{path}: answer 'text' wants no labels, {len(task.labels)} found")
     if task.template.count("{text}") != 1:
         raise ConfigError(f"{path}: template wants {{text}} exactly once")
     return task
+
+
+def read_objective(path: Path) -> Objective:
+    """Read an objective file; raises ConfigError."""
+    try:
+        return schema.from_dict(Objective, json.loads(path.read_bytes()), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except schema.SchemaError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
 
 
 def check(config: Config) -> Config:
@@ -159,11 +223,12 @@ def check(config: Config) -> Config:
         "steps": (1, 10**7),
         "learning_rate": (0, 10),
         "router_learning_rate": (0, 10),
+        "gate_rate_factor": (0, 100),
+        "gate_warmup": (0, 100000),
         "min_updates": (1, 10**6),
         "min_devices": (1, 10**6),
         "deadline": (0.1, 10**7),
         "per_round": (0, 10**6),
-        "prior": (0, 100),
         "seed": (0, 2**62),
         "beta": (0, 100),
         "exploration": (0, 100),
@@ -180,6 +245,15 @@ def check(config: Config) -> Config:
         if not low <= value <= high:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {value} found, {low} to {high} wanted")
+    try:
+        rules = config.rules
+    except ValueError as error:
+        raise ConfigError(f"--{error}".replace("_", "-")) from error
+    if rules.lora == "stack":
+        raise ConfigError(
+            "--aggregate stack: stacked products have to be merged into the weights, and the experts of a store are "
+            "quantised and fixed; svd or flex wanted"
+        )
     return config
 
 
@@ -194,7 +268,9 @@ def parse(argv: Sequence[str] | None) -> Config:
         From argparse: unknown flags, --help.
     """
     values = vars(_parser().parse_args(argv))
-    task = values.pop("task")
+    task, objective = values.pop("task"), values.pop("objective")
     if task is not None:
         values["task"] = read_task(task)
+    if objective is not None:
+        values["objective"] = read_objective(objective)
     return check(Config(**values))

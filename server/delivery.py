@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol import chunks, messages, topics
+from protocol import chunks, messages, topics, update
 from protocol.chunks import ChunkError
 from protocol.manifest import ManifestError
-from protocol.messages import Grant, MessageError, Offer, Receipt
+from protocol.messages import Grant, Lease, MessageError, Offer, Receipt
 from server import accept, adapters, uploads
 from server.accept import UpdateRejected
 from server.artifacts import Artifacts
@@ -47,6 +47,7 @@ class Delivery:
         self._store, self._artifacts = store, artifacts
         self._say, self._whole, self._settled = say, whole, settled
         self._chunk_bytes = chunk_bytes
+        self._adapters = state / "adapters"
         self._updates = state / "updates"
         self._updates.mkdir(parents=True, exist_ok=True)
         self._uploads = Uploads(state / "uploads", budget_bytes, time.monotonic())
@@ -169,7 +170,7 @@ class Delivery:
             self._uploads.drop(granted.xfer)
             self._refuse(row, str(error))
             return
-        await asyncio.to_thread(_move, path, self.path(granted.lease))
+        await asyncio.to_thread(self._settle, path, row, good)
         weight = float(good.trained_tokens.sum())
         self._store.accept(granted.lease, granted.bytes, weight, good.facts)
         self._uploads.drop(granted.xfer)
@@ -181,14 +182,27 @@ class Delivery:
     def _check(
         self, path: Path, row: LeaseRow, rank_of: accept.RankOf, tokens_per_step: int, version: int
     ) -> accept.Accepted:
+        lease, leased = row.lease, None
+        if _coded(lease) and lease.base_version == version:
+            adapter = adapters.read_version(self._adapters, version)
+            leased = adapters.part_for(adapter, rank_of, self._artifacts.base)
         return accept.accept(
             path.read_bytes(),
-            row.lease,
+            lease,
             self._artifacts.base,
             rank_of=rank_of,
             tokens_per_step=tokens_per_step,
             version=version,
+            leased=leased,
         )
+
+    def _settle(self, path: Path, row: LeaseRow, good: accept.Accepted) -> None:
+        """Make an accepted update durable, as values: the end of the round reads no codes."""
+        target = self.path(row.lease.lease)
+        if _coded(row.lease):
+            adapters.write_atomically(target, update.pack(good.tensors, good.stats, good.facts))
+        else:
+            _move(path, target)
 
     def _slots(self, row: LeaseRow) -> tuple[int, accept.RankOf]:
         """Tokens per step of the device's program, ranks of the slots that its experts are in.
@@ -243,6 +257,10 @@ class Delivery:
             lease=lease, xfer="", missing=(), final=True, accepted=accepted, reason=reason
         )
         self._say(device, receipt)
+
+
+def _coded(lease: Lease) -> bool:
+    return lease.uplink != "float32" or lease.downlink != "float32"
 
 
 def _move(source: Path, target: Path) -> None:

@@ -2,24 +2,21 @@
 
 Letters: L MoE layers, E experts per layer, N tokens of a layer (an encoder's and a decoder's differ).
 
-An expert's value for a device is its share of the relevance I(Z;Y), estimated by routed mass times output norm, less
+An expert's value for a device is its share of the relevance I(Z;Y), by one of the estimators in `relevance`, less
 `beta` times its share of the redundancy I(X;Z). `red_e = mean g ln g - p ln p` with `p = mean g` is the exact share of
 expert e: it is never negative and sums to I(X;Z). Values are smoothed over rounds; experts rarely trained get an
-exploration bonus. `choose_experts` fills the slots by these values.
+exploration bonus. `strategies` fills the slots by these values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
+from server.relevance import LAM, RELEVANCE, Stats, StatsError, leave_one_out, shares, stat
+
 Floats = NDArray[np.float64]
 RHO = 0.7  # share of the former value in the moving average
-NORM_RANGE = (
-    4.0  # an output norm counts as at most this many times its layer's mean, or that part of it
-)
 
 
 def redundancy(mass: Floats, g_log_g: Floats) -> Floats:
@@ -48,38 +45,61 @@ def redundancy(mass: Floats, g_log_g: Floats) -> Floats:
     return np.asarray(np.maximum(g_log_g / tokens - p_log_p, 0.0))
 
 
-def relevance(top: Floats, output_norm: Floats) -> Floats:
-    """Routed mass times mean output norm; where the norm is unknown (not resident) the layer's mean stands in.
+def hfedmoe_score(stats: Stats, beta: float, lam: float = LAM) -> Floats:
+    """HFedMoE's I_b = s_b - beta * KL as printed, arXiv 2601.00583 eqs. 11 and 14, [L, E].
+
+    KL_e = mean g ln(g / mean g) is the redundancy of `redundancy`; s_b and KL have different units, and the balance
+    between them differs from layer to layer.
+    """
+    mass, g_log_g = (stat(stats, name, "relevance 'hfedmoe'") for name in ("mass", "g_log_g"))
+    return RELEVANCE["hfedmoe"](stats, lam) - beta * redundancy(mass, g_log_g)
+
+
+def values(stats: Stats, beta: float, relevance: str = "norm", lam: float = LAM) -> Floats:
+    """Value of every expert for one device.
 
     Parameters
     ----------
-    top : [L, E], probability mass on tokens that have the expert in their top-k
-    output_norm : [L, E], sum of routed weight times norm of the expert's output, 0 where not resident
+    stats : name -> [L, E], as in `protocol.update.STATS`
+    beta : weight of redundancy; 0 for FedMoE, which has none
+    relevance : a name in `relevance.RELEVANCE`
+    lam : weight of the general against the specific, where the estimator has both
+
+    Returns
+    -------
+    [L, E] in shares of a layer: relevance sums to 1 per layer. "hfedmoe" ranks the experts of a layer exactly as
+    printed, divided by the layer's sum of s_b so that margins and bonuses mean the same as elsewhere.
+
+    Raises
+    ------
+    StatsError
+        Unknown estimator, or a statistic that it needs is missing.
 
     Examples
     --------
-    >>> relevance(np.array([[2.0, 2.0, 2.0]]), np.array([[2.0, 6.0, 0.0]])).tolist()
-    [[1.0, 3.0, 2.0]]
+    >>> s = {"mass": [[3.0, 1.0]], "top": [[3.0, 1.0]], "g_log_g": [[-1.0, -1.0]]}
+    >>> values(s, beta=0.0, relevance="frequency").tolist()
+    [[0.75, 0.25]]
     """
-    known = (output_norm > 0) & (top > 0)
-    norm = np.divide(output_norm, top, out=np.zeros_like(top), where=known)
-    held = (top * known).sum(-1, keepdims=True)
-    mean = (output_norm * known).sum(-1, keepdims=True) / np.maximum(held, 1e-12)
-    ratio = np.divide(norm, mean, out=np.ones_like(norm), where=known & (mean > 0))
-    return np.asarray(top * np.clip(ratio, 1 / NORM_RANGE, NORM_RANGE))
+    if relevance not in RELEVANCE:
+        raise StatsError(f"relevance '{relevance}' found, one of {', '.join(RELEVANCE)} wanted")
+    if relevance == "hfedmoe":
+        whole = RELEVANCE["hfedmoe"](stats, lam).sum(-1, keepdims=True)
+        return np.asarray(hfedmoe_score(stats, beta, lam) / np.maximum(whole, 1e-12))
+    value = shares(RELEVANCE[relevance](stats, lam))
+    if beta:
+        mass, g_log_g = (stat(stats, name, "redundancy") for name in ("mass", "g_log_g"))
+        value = value - beta * shares(redundancy(mass, g_log_g))
+    return value
 
 
-def values(stats: Mapping[str, NDArray[np.float32]], beta: float) -> Floats:
-    """Value of every expert for one device, [L, E]; `stats` as in `protocol.update.STATS`."""
-    wide = {name: np.asarray(stats[name], np.float64) for name in ("mass", "top", "g_log_g")}
-    rel = relevance(wide["top"], np.asarray(stats["output_norm"], np.float64))
-    red = redundancy(wide["mass"], wide["g_log_g"])
-    return _shares(rel) - beta * _shares(red)
+def oracle_values(without: Floats, full: float) -> Floats:
+    """Values by `relevance.leave_one_out`, [L, E]; experts that do harm are worth nothing.
 
-
-def _shares(x: Floats) -> Floats:
-    total = x.sum(-1, keepdims=True)
-    return np.asarray(np.divide(x, total, out=np.full_like(x, 1 / x.shape[-1]), where=total > 0))
+    >>> oracle_values(np.array([[2.5, 1.75, 3.5]]), 2.0).tolist()
+    [[0.25, 0.0, 0.75]]
+    """
+    return shares(np.maximum(leave_one_out(without, full), 0.0))
 
 
 def smooth(former: Floats | None, new: Floats) -> Floats:

@@ -7,13 +7,16 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.manifest import BaseIndex, Shape
+from protocol import tensors
+from protocol.manifest import BaseIndex, Blob, Shape
 from protocol.messages import Lease
-from server import adapters, choose_experts, expert_values
+from protocol.objective import Objective
+from server import adapters, choose_experts, expert_values, scaffold
 from server.choose_experts import Chosen
 from server.expert_values import Floats
 from server.rounds import OpenRound
@@ -32,6 +35,10 @@ class Terms:
     seed: int
     exploration: float
     coverage: float
+    gate_warmup: int = 0  # first rounds in which router rows do not learn
+    objective: Objective = Objective()
+    uplink: Literal["float32", "int8", "int4"] = "float32"
+    downlink: Literal["float32", "float16"] = "float32"
 
 
 def lease_id(run: str, round: int, device: str, attempt: int) -> str:
@@ -97,15 +104,20 @@ def write_leases(
     adapter_folder: Path,
     blob_folder: Path,
     held: Mapping[str, Held] | None = None,
+    trained_counts: NDArray[np.int64] | None = None,
 ) -> dict[str, Lease]:
     """Make the leases of a round; slices of adapter `version` are written to `blob_folder`.
 
     Parameters
     ----------
     held : device -> its sub-model; such a device trains nothing else, others train all that can be
+    trained_counts : [L, E] accepted updates that trained each expert; sent where the objective's balance wants it
     """
     adapter = adapters.read_version(adapter_folder, version)
     train = command.work == "train"
+    objective = terms.objective
+    control = scaffold.read(adapter_folder, version) if objective.scaffold else scaffold.NOTHING
+    warm = command.round > terms.gate_warmup
     leases: dict[str, Lease] = {}
     for device, experts in chosen.items():
         resident = {str(layer): tuple(experts[i]) for i, layer in enumerate(base.moe_layers)}
@@ -117,6 +129,11 @@ def write_leases(
         if held is not None and device in held:
             mine = dict(zip(map(str, base.moe_layers), held[device], strict=True))
             trained = {k: tuple(e for e in ids if e in mine[k]) for k, ids in trained.items()}
+        part = adapters.part_for(adapter, rank_of, base)
+        if train:
+            part |= scaffold.part_for(control, part)
+            if objective.target_balance and trained_counts is not None:
+                part["trained_counts"] = trained_counts.astype(np.float32)
         seed = np.random.SeedSequence([terms.seed, command.round, *device.encode()])
         leases[device] = Lease(
             lease=lease_id(terms.run, command.round, device, 1),
@@ -127,12 +144,26 @@ def write_leases(
             base_version=version,
             resident=resident,
             trained=trained if train else {},
-            adapter=adapters.write_blob(blob_folder, adapters.slice_for(adapter, rank_of, base)),
+            adapter=write_slice(blob_folder, part, terms.downlink),
             steps=terms.steps if train else 0,
             learning_rate=terms.learning_rate,
-            router_learning_rate=terms.router_learning_rate,
+            router_learning_rate=terms.router_learning_rate if warm else 0.0,
             seed=int(seed.generate_state(1)[0]),
+            objective=objective,
+            uplink=terms.uplink,
+            downlink=terms.downlink,
             seconds=terms.deadline,
             nonce=secrets.token_hex(8),
         )
     return leases
+
+
+def write_slice(
+    folder: Path,
+    part: Mapping[str, NDArray[np.float32]],
+    downlink: Literal["float32", "float16"],
+) -> Blob:
+    """Store a device's slice under its hash, in the type of its downlink."""
+    return adapters.write_blob(
+        folder, tensors.encode(tensors.narrowed(part) if downlink == "float16" else part)
+    )

@@ -15,7 +15,7 @@ import numpy as np
 
 from protocol.manifest import ManifestError, Shape
 from protocol.messages import Lease
-from server import adapters, closing, leases, prediction, stage_two, submodels, views
+from server import adapters, closing, leases, prediction, scaffold, stage_two, submodels, views
 from server.artifacts import Artifacts
 from server.config import Config
 from server.delivery import Delivery
@@ -85,11 +85,19 @@ class Turns:
             run=self._store.run,
             steps=c.steps,
             learning_rate=c.learning_rate,
-            router_learning_rate=c.router_learning_rate,
+            router_learning_rate=(
+                c.gate_rate_factor * c.learning_rate
+                if c.gate_rate_factor
+                else c.router_learning_rate
+            ),
             deadline=c.deadline,
             seed=c.seed,
             exploration=c.exploration,
             coverage=c.coverage,
+            gate_warmup=c.gate_warmup,
+            objective=c.rules.objective(c.objective, command.round),
+            uplink=c.uplink,
+            downlink=c.downlink,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
@@ -118,6 +126,7 @@ class Turns:
             adapter_folder=self._adapters,
             blob_folder=self._blobs,
             held={device: state.held for device, state in states.items()},
+            trained_counts=counts,
         )
         self._store.open_round(command.round, made.items(), stage_two.stored(states))
         log.info("round=%d %s opened: %d devices", command.round, command.work, len(made))
@@ -132,7 +141,9 @@ class Turns:
             closing.fold,
             {
                 d: closing.Reported(
-                    path=self._delivery.path(r.lease.lease), tokens=r.facts.tokens if r.facts else 0
+                    path=self._delivery.path(r.lease.lease),
+                    tokens=r.facts.tokens if r.facts else 0,
+                    rows=r.facts.rows if r.facts else 0,
                 )
                 for d, r in accepted.items()
             },
@@ -142,8 +153,9 @@ class Turns:
             trained_counts=before,
             adapter=adapters.read_version(self._adapters, version),
             beta=self._config.beta,
-            rule=self._config.aggregate,
-            prior=self._config.prior,
+            rules=self._config.rules,
+            routers=self._artifacts.routers(),
+            control=scaffold.read(self._adapters, version),
         )
         if folded.aggregated is not None:
             version += 1
@@ -154,6 +166,7 @@ class Turns:
                 folded.aggregated.adapter,
                 self._artifacts,
                 self._config.base_name,
+                folded.control,
             )
         states, changes = self.stage_two.changed(
             accepted if command.work == "train" else {},

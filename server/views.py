@@ -73,11 +73,26 @@ def history_line(
         "missing": [d for d, row in leases.items() if row.state == "open"],
         "rejected": list(rejected),
         "tail_energy": tail,
+        "aggregation": {} if aggregated is None else diagnostics(aggregated),
         "structure": {
             device: schema.to_dict(change)
             for device, change in (changes or {}).items()
             if change.kind != "none"
         },
+    }
+
+
+def diagnostics(aggregated: Aggregated) -> dict[str, Any]:
+    """What the history keeps of how updates fitted together."""
+    bias = list(aggregated.bias.values())
+    return {
+        "factor_bias": {
+            "mean": sum(bias) / len(bias) if bias else 0.0,
+            "max": max(bias, default=0.0),
+        },
+        "gate_drift": aggregated.gate_drift,
+        "routing_consistency": aggregated.consistency,
+        "gate_alpha": aggregated.alpha,
     }
 
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge import data
-from edge.data import DataError, Row
+from edge.data import DataError, Prompter, Row
 from protocol.messages import Task
 
 LABELS = ("sport", "science", "finance")
@@ -61,10 +62,10 @@ def test_unreadable_files_are_named(tmp_path):
 def test_bad_labels_name_the_nearest():
     rows = [Row("a", "sport"), Row("b", "sports")]
     with pytest.raises(DataError, match=r"row 2 has the label 'sports'; did you mean 'sport'\?"):
-        data.check_labels(rows, LABELS, "f")
+        data.check_labels(rows, Task(labels=LABELS), "f")
     with pytest.raises(DataError, match="name the field"):
-        data.check_labels([Row("a")], LABELS, "f")
-    data.check_labels([Row("a")], (), "f")
+        data.check_labels([Row("a")], Task(labels=LABELS), "f")
+    data.check_labels([Row("a")], Task(), "f")
 
 
 def test_the_split_is_stable_and_holds_back_a_fifth():
@@ -170,3 +171,81 @@ def test_a_template_that_leaves_no_room(tokenizer):
     p = data.prompter(tokenizer, task, 1, 24, 2)
     with pytest.raises(DataError, match="leave no room"):
         p.assemble([Row("a", "sport")], None)
+
+
+FREE = Task(template="Q: {text}\nA:", answer="text")
+
+
+def test_a_free_answer_is_the_rows_own(tokenizer):
+    p = Prompter(tokenizer, FREE, 2, 24, 4, None, end=7)
+    prompt = [*data.encode(tokenizer, "Q: the team"), *data.encode(tokenizer, "\nA:")]
+    answer = data.encode(tokenizer, " sport")
+    assert len(answer) < 4
+    batch = p.assemble([Row("the team", " sport ")], None)
+    n = len(prompt)
+    wanted = [*answer, 7]
+    assert batch.tokens[0, : n + len(wanted)].tolist() == prompt + wanted
+    assert batch.valid[0].sum() == n + len(wanted)
+    assert batch.positions[0, : len(wanted)].tolist() == list(range(n - 1, n - 1 + len(wanted)))
+    assert batch.targets[0, : len(wanted)].tolist() == wanted
+    assert batch.weights[0].tolist() == [1.0] * len(wanted) + [0.0] * (4 - len(wanted))
+    assert batch.labels.tolist() == [-1, -1]
+    assert batch.valid[1].sum() == batch.weights[1].sum() == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    text=st.text(max_size=200),
+    label=st.none() | st.text(max_size=60),
+    end=st.none() | st.just(0),
+    answers=st.integers(1, 6),
+    seq2seq=st.booleans(),
+)
+def test_free_answers_are_cut_to_k_and_leave_the_question_whole(
+    tokenizer, text, label, end, answers, seq2seq
+):
+    p = Prompter(tokenizer, FREE, 1, 24, answers, None, seq2seq, end)
+    tokens, places, answer = p.row(Row(text, label), None)
+    own = data.encode(tokenizer, " " + label.strip()) if label and label.strip() else []
+    ending = [] if end is None else [end]
+    assert answer == (own + ending)[:answers]
+    assert len(tokens) <= 24
+    prompt = tokens[: len(tokens) - len(ending if seq2seq else answer)]
+    suffix = data.encode(tokenizer, "\nA:")
+    assert prompt[-len(suffix) :] == suffix
+    body = data.encode(tokenizer, "Q: " + text)
+    assert prompt[: -len(suffix)] == body[: 24 - len(suffix) - len(ending if seq2seq else answer)]
+    if not seq2seq:
+        assert [tokens[place + 1] for place in places] == answer
+
+
+def test_rows_without_the_answers_that_a_run_wants_are_named():
+    data.check_labels([Row("a", "any words"), Row("b", "")], FREE, "f")
+    with pytest.raises(DataError, match="f: the run wants answers, name the field"):
+        data.check_labels([Row("a")], FREE, "f")
+
+
+def test_the_base_ends_free_answers_and_labels_stay_as_they_were(tokenizer):
+    base = SimpleNamespace(architecture="causal", config={"eos_token_id": 0})
+    p = data.prompter(tokenizer, FREE, 1, 24, 3, base)
+    assert p.row(Row("x", "go"), None)[2][-1] == 0
+    assert not p.seq2seq
+    labelled = data.prompter(tokenizer, Task(labels=LABELS), 1, 24, 2, base)
+    without = data.prompter(tokenizer, Task(labels=LABELS), 1, 24, 2)
+    assert labelled.row(Row("x", "sport"), None) == without.row(Row("x", "sport"), None)
+    with pytest.raises(DataError, match="answers are free text, 3 labels found"):
+        data.prompter(tokenizer, Task(labels=LABELS, answer="text"), 1, 24, 2)
+
+
+def test_batches_of_one_label_as_far_as_they_fill_half(tokenizer):
+    prompts = data.prompter(tokenizer, Task(labels=LABELS), 4, 32, 1)
+    named = dict(zip("abc", LABELS, strict=True))
+    rows = [Row(f"x{i}", named[letter]) for i, letter in enumerate("abaabacababa")]
+    batches = list(data.by_label(prompts, rows))  # 7, 4 and 1, in the order of their names
+    labels = [["abc"[x] for x in b.labels if x >= 0] for b in batches]
+    assert labels == [["b"] * 4, ["a"] * 4, ["a"] * 3, ["c"]]
+    assert sum(b.valid.any(1).sum() for b in batches) == len(rows)
+    few = [Row(f"x{i}", label) for i, label in enumerate(LABELS)]
+    assert [int((b.labels >= 0).sum()) for b in data.by_label(prompts, few)] == [3]
+    plain = data.prompter(tokenizer, Task(template="{text}"), 4, 32, 1)
+    assert len(list(data.by_label(plain, [Row("one two three")] * 9))) == 3

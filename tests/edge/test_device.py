@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from protocol import tensors
+
 ROOT = Path(__file__).parents[2]
 WORDS = {
     "sport": "the team won match after late goal by captain",
@@ -150,6 +152,22 @@ def test_what_the_server_does_not_know_is_one_line(serve, start, rows, tmp_path)
     assert "Traceback" not in labels.text() + profile.text()
 
 
+def test_free_text_answers_are_learned(serve, start, rows, tmp_path):
+    task = {"template": "Text: {text}\nAnswer:", "answer": "text"}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    server, url = serve("--steps", "40", "--rounds", "1", "--exit-when-done")
+    unlabelled = [f for f in edge_flags(url, rows, tmp_path / "a") if f not in ("--label", "label")]
+    without = start("without", *unlabelled)
+    assert without.end() == 2
+    assert "the run wants answers, name the field" in without.text().splitlines()[-1]
+    edge = start("edge", *edge_flags(url, rows, tmp_path))
+    assert edge.end() == 0
+    assert server.end(60) == 0
+    lines = [json.loads(x) for x in (tmp_path / "state" / "history.jsonl").read_text().splitlines()]
+    losses = [next(iter(x["devices"].values()))["loss_after"] for x in lines]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_a_device_over_its_budget_is_stopped(serve, start, rows, tmp_path):
     _, url = serve("--steps", "5", "--rounds", "1")
     edge = start(
@@ -226,3 +244,21 @@ def test_two_processes_do_not_share_a_work_folder(start, rows, tmp_path):
         edge = start("edge", *edge_flags("http://127.0.0.1:9", rows, tmp_path))
         assert edge.end() == 2
     assert "another edge process is using it" in edge.text().splitlines()[-1]
+
+
+def test_a_coded_run_with_state_on_the_device(serve, start, rows, tmp_path):
+    """Updates in four bits with feedback, the adapter in float16, control variates: all of it in a real run."""
+    (tmp_path / "objective.json").write_text(json.dumps({"prox": 0.01, "scaffold": True}))
+    server, url = serve(
+        "--rounds", "2", "--steps", "3", "--uplink", "int4", "--downlink", "float16",
+        "--objective", tmp_path / "objective.json", "--exit-when-done",
+    )  # fmt: skip
+    edge = start("edge", *edge_flags(url, rows, tmp_path, "--enforce", "none"))
+    assert edge.end() == 0, edge.text()
+    assert server.end() == 0, server.text()
+    history = (tmp_path / "state" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["version"] for line in history] == [0, 1, 2, 2]
+    assert (tmp_path / "state" / "adapters" / "2" / "scaffold.safetensors").exists()
+    kept = tensors.mapped(tmp_path / "device" / "kept.safetensors")
+    kinds = {"residual.layers.", "residual.scaffold.", "basis.layers.", "scaffold.layers."}
+    assert {k for k in kinds for n in kept if n.startswith(k)} == kinds

@@ -41,7 +41,8 @@ def trained(backend, artifact, setting, steps):
     session = backend.open_train(artifact, RESIDENT)
     session.load(adapter)
     parameters = session.parameters()
-    optimizer = AdamW({n: 3e-4 if ".router." in n else 3e-3 for n in parameters})
+    trainable = slots.names_of(RESIDENT, parameters)
+    optimizer = AdamW({n: 3e-4 if ".router." in n else 3e-3 for n in trainable})
     losses, routed = [], []
     for batch in training_batches(prompts, rows, steps, np.random.default_rng(0)):
         loss, counts = session.forward_backward(batch)
@@ -66,6 +67,17 @@ def test_executorch_trains_as_torch_does(lowered, setting):
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
         assert (value != setting[2][name]).any()
+        np.testing.assert_allclose(found[name], value, atol=1e-3, err_msg=name)
+
+
+def test_routed_torch_trains_as_torch_does(lowered, setting):
+    losses, routed, wanted = trained(load_backend("torch"), lowered, setting, 20)
+    found_losses, found_routed, found = trained(load_backend("torch-routed"), lowered, setting, 20)
+    np.testing.assert_allclose(found_losses, losses, atol=1e-4)
+    for one, other in zip(routed, found_routed, strict=True):
+        for layer in RESIDENT:
+            np.testing.assert_array_equal(one[layer], other[layer])
+    for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, atol=1e-3, err_msg=name)
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from edge import slots, trainer
-from edge.data import Row, prompter
+from edge.data import Row, by_label, prompter
 from edge.session import LayerStats, load_backend
 from protocol.messages import Task
+from protocol.objective import Objective
 
 RESIDENT = {0: (5, 0, 3, 2), 1: (4, 1, 2)}
 TRAINED = {0: (0, 3), 1: ()}  # expert 2 of layer 0 sits in a slot that cannot train
@@ -105,8 +106,8 @@ def test_only_trained_experts_move_and_are_sent(artifact, setting):
     assert result.before[0] == pytest.approx(np.log(artifact.base.vocabulary))
 
 
-@pytest.mark.parametrize(("work", "batches"), [("profile", 3), ("evaluate", 1)])
-def test_measuring_sends_no_adapter(artifact, setting, work, batches):
+@pytest.mark.parametrize("work", ["profile", "evaluate"])
+def test_measuring_sends_no_adapter(artifact, setting, work):
     fake = Fake(artifact)
     result = run(fake, artifact, setting, work=work)
     assert fake.order == ["evaluate"]
@@ -114,7 +115,13 @@ def test_measuring_sends_no_adapter(artifact, setting, work, batches):
     assert result.steps == 0
     assert result.before == result.after
     # Every batch gave one per expert: the held-back rows alone, or as many training rows as well.
-    assert result.stats["mass"][0, 0] == (1 if work == "evaluate" else 2)
+    prompts, rows, _, job = setting
+    looked_at = [rows[7:]]
+    if work == "profile":
+        order = np.random.default_rng(job.seed).permutation(7)
+        looked_at.append([rows[i] for i in order[: prompts.batch]])
+    batches = sum(len(list(by_label(prompts, part))) for part in looked_at)
+    assert result.stats["mass"][0, 0] == batches
 
 
 def test_a_loss_that_is_not_finite_ends_the_lease(artifact, setting):
@@ -169,3 +176,113 @@ def test_frozen_experts_stay_bit_identical_in_torch(artifact, setting):
         for name, value in values.items():
             assert (value == adapter[name]).all() == (name not in result.adapter), name
         seen["close"]()
+
+
+@pytest.mark.parametrize("factors", ["lora_A", "lora_B"])
+def test_one_factor_is_trained_and_sent(artifact, setting, factors):
+    fake = Fake(artifact)
+    result = run(fake, artifact, setting, objective=Objective(factors=factors))
+    other = {"lora_A": "lora_B", "lora_B": "lora_A"}[factors]
+    assert len(result.adapter) == 2 * 3
+    assert not any(n.endswith(other) for n in result.adapter)
+    assert not any(v.any() for n, v in fake.values.items() if n.endswith(other))
+    assert result.kept == {}
+
+
+def test_a_personal_factor_stays_and_is_used_again(artifact, setting):
+    fake = Fake(artifact)
+    prompts, rows, adapter, job = setting
+    job = dataclasses.replace(job, objective=Objective(personal=True))
+    once = trainer.work(fake, artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None)
+    assert sorted(once.kept) == [
+        n for n in sorted(slots.names_of(TRAINED, fake.values)) if n.endswith("lora_B")
+    ]
+    assert not set(once.kept) & set(once.adapter)
+    stale = {"layers.0.experts.0.down.lora_B": np.ones((32, 2), np.float32)}  # of a smaller slot
+    other = {"layers.1.experts.5.down.lora_B": np.ones((32, 4), np.float32)}  # not resident now
+    kept = {**once.kept, **stale, **other}
+    again = trainer.work(
+        fake, artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None, kept=kept
+    )
+    for name, value in again.kept.items():
+        begun = 0 if name in stale else 1
+        np.testing.assert_allclose(value, -0.3 * (1 + begun), rtol=1e-3, err_msg=name)
+    for name, value in again.adapter.items():  # these started from the adapter again
+        np.testing.assert_array_equal(value, once.adapter[name])
+
+
+def test_control_variates_come_and_go(artifact, setting):
+    fake = Fake(artifact)
+    prompts, rows, adapter, job = setting
+    job = dataclasses.replace(job, objective=Objective(scaffold=True))
+    name = "layers.0.router.3"
+    shared = {f"scaffold.{name}": np.full_like(adapter[name], -1)}
+    kept = {f"scaffold.{name}": np.full_like(adapter[name], 0.25)}
+    result = trainer.work(
+        fake, artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None, shared, kept
+    )
+    assert set(result.control) == {f"scaffold.{n}" for n in result.adapter}
+    assert set(result.kept) == set(result.control)
+    np.testing.assert_array_equal(result.kept[f"scaffold.{name}"], 1)  # the raw gradient
+    np.testing.assert_array_equal(result.control[f"scaffold.{name}"], 0.75)
+    # 1 - 1 - 0.25 < 0: this row goes up, the others, uncorrected, down.
+    assert (result.adapter[name] > 0).all()
+    assert (result.adapter["layers.0.router.0"] < 0).all()
+
+
+def test_the_targets_of_the_balance_follow_the_steps(artifact, setting):
+    """The session gets terms only when there are some; a device of one label is asked for the routing it has."""
+
+    class Listening(Fake):
+        heard = ()
+
+        def forward_backward(self, batch, *terms):
+            self.heard = (*self.heard, terms)
+            routed = {0: np.float32([8, 0, 0, 0]), 1: np.float32([1, 1, 2])}
+            return super().forward_backward(batch)[0], routed
+
+    plain = Listening(artifact)
+    run(plain, artifact, setting)
+    assert plain.heard == ((),) * 3
+    prompts, rows, adapter, job = setting
+    job = dataclasses.replace(job, objective=Objective(target_balance=0.1, z_loss=0.5))
+    for text, level in (("sport", False), (None, True)):
+        mine = [Row(r.text, text or r.label) for r in rows]
+        listening = Listening(artifact)
+        trainer.work(listening, artifact, adapter, job, prompts, mine[:7], mine[7:], lambda: None)
+        first, last = listening.heard[0][0], listening.heard[-1][0]
+        assert (first.target_balance, first.z_loss, first.cap) == (0.1, 0.5, 0)
+        np.testing.assert_allclose(first.targets[0], [0.25] * 4)  # the fake's router is even
+        want = [0.25] * 4 if level else [0.25 * 0.81 + 0.19, *[0.25 * 0.81] * 3]
+        np.testing.assert_allclose(last.targets[0], want, atol=0.005)
+
+
+def test_output_scales_are_trained_and_stay(artifact, setting):
+    class Scaled(Fake):
+        def open_train(self, artifact, resident):
+            super().open_train(artifact, resident)
+            self.values |= {f"layers.{n}.output_scale": np.ones(1, np.float32) for n in (0, 1)}
+            return self
+
+        def load(self, adapter):
+            super().load(
+                {
+                    "layers.0.output_scale": np.ones(1),
+                    "layers.1.output_scale": np.ones(1),
+                    **adapter,
+                }
+            )
+
+    prompts, rows, adapter, job = setting
+    still = Scaled(artifact)
+    assert run(still, artifact, setting).kept == {}
+    assert still.values["layers.0.output_scale"] == 1
+    job = dataclasses.replace(job, objective=Objective(output_scale=True))
+    kept = {"layers.0.output_scale": np.full(1, 2, np.float32)}
+    result = trainer.work(
+        Scaled(artifact), artifact, adapter, job, prompts, rows[:7], rows[7:], lambda: None, kept=kept
+    )  # fmt: skip
+    assert set(result.kept) == {"layers.0.output_scale", "layers.1.output_scale"}
+    assert result.kept["layers.0.output_scale"] == pytest.approx(1.7, abs=1e-3)
+    assert result.kept["layers.1.output_scale"] == pytest.approx(0.7, abs=1e-3)
+    assert not any("scale" in n for n in result.adapter)

@@ -15,7 +15,7 @@ import numpy as np
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from protocol import PROTOCOL_VERSION, chunks, messages, names, tensors, topics, update
+from protocol import PROTOCOL_VERSION, chunks, messages, names, tensors, topics, update, uplink
 from protocol.manifest import BaseIndex, Shape
 from protocol.messages import (
     Grant,
@@ -236,11 +236,13 @@ class FakeDevice:
     def fetch_adapter(self, lease: Lease) -> dict:
         data = self.get(f"/v1/blobs/{lease.adapter.sha256}")
         assert hashlib.sha256(data).hexdigest() == lease.adapter.sha256
-        return tensors.decode(data)
+        found = tensors.decode(data)
+        return tensors.widened(found) if lease.downlink == "float16" else found
 
     def check_adapter(self, lease: Lease) -> None:
         """The slice has what the slots take, no more and no less."""
         found, wanted = self.adapters[lease.round], {}
+        found = {n: v for n, v in found.items() if n.startswith("layers.")}
         assert self.shape is not None
         for (layer, e), rank in ranks(lease, self.shape).items():
             wanted[names.router_row(layer, e)] = (self.base.hidden,)
@@ -252,8 +254,18 @@ class FakeDevice:
 
     def made_up_update(self, lease: Lease, **facts) -> bytes:
         assert self.shape is not None
+        made = made_up_tensors(lease, self.base, self.shape, self.seed)
+        made = {n: v for n, v in made.items() if lease.objective.sends(n)}
+        control = {f"scaffold.{n}": np.full_like(v, 0.1) for n, v in made.items()}
+        if lease.uplink != "float32" and made:
+            leased = self.adapters[lease.round]
+            made = {n: v - leased[n] for n, v in made.items()}
+        if lease.objective.scaffold:
+            made |= control
+        if lease.uplink != "float32" and made:
+            made = uplink.encode(made, lease.uplink)
         return update.pack(
-            made_up_tensors(lease, self.base, self.shape, self.seed),
+            made,
             made_up_stats(lease, self.base, FACTS.tokens, self.seed),
             replace(FACTS, **facts),
         )

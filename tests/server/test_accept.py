@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol import names, update
+from protocol import names, update, uplink
 from protocol.manifest import Blob
 from protocol.messages import Lease
+from protocol.objective import Objective
 from server.accept import UpdateRejected, accept, max_update_bytes
 from server.adapters import ranks
 from tests.server.fake_device import FACTS, made_up_stats, made_up_tensors
@@ -152,6 +153,28 @@ def test_trained_must_be_resident_and_in_a_slot_that_trains():
         check(b"", replace(LEASE, trained={"1": (3,)}))
 
 
+@pytest.mark.parametrize(
+    ("objective", "sent"),
+    [
+        (Objective(factors="lora_A"), "lora_A"),
+        (Objective(factors="lora_B"), "lora_B"),
+        (Objective(personal=True), "lora_A"),
+    ],
+)
+def test_just_the_factors_of_the_lease(objective, sent):
+    lease = replace(LEASE, objective=objective)
+    tensors, stats = parts()
+    whole = update.pack(tensors, stats, FACTS)
+    with pytest.raises(UpdateRejected, match="tensors not asked for|bytes of tensors, at most"):
+        check(whole, lease)
+    half = {k: v for k, v in tensors.items() if "lora" not in k or k.endswith(sent)}
+    got = check(update.pack(half, stats, FACTS), lease)
+    assert set(got.tensors) == set(half)
+    assert max_update_bytes(lease, RANK_OF, BASE) < max_update_bytes(LEASE, RANK_OF, BASE)
+    with pytest.raises(UpdateRejected, match="tensors missing, first: .*lora_[AB]"):
+        check(update.pack(half, stats, FACTS))
+
+
 def test_facts_of_another_base():
     with pytest.raises(UpdateRejected, match="missed mass of 1 layers, 2 wanted"):
         check(update.pack(*parts(), replace(FACTS, missed_mass=(0.0,))))
@@ -194,3 +217,107 @@ def test_a_flipped_byte_never_raises_anything_else(position, mask):
 def test_a_truncated_update_is_refused(length):
     with pytest.raises(UpdateRejected):
         check(GOOD[:length])
+
+
+# Coded updates, other objectives
+
+
+LEASED = made_up_tensors(LEASE, BASE, SHAPE, 2)
+
+
+def check_coded(data, lease, leased=LEASED):
+    return accept(data, lease, BASE, rank_of=RANK_OF, tokens_per_step=32, version=3, leased=leased)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("int4", 0.25)])
+def test_a_coded_update_comes_out_as_values(kind, error):
+    tensors, stats = parts()
+    change = {n: v - LEASED[n] for n, v in tensors.items()}
+    data = update.pack(uplink.encode(change, kind), stats, FACTS)
+    lease = replace(LEASE, uplink=kind)
+    assert len(data) <= max_update_bytes(lease, RANK_OF, BASE)
+    assert max_update_bytes(lease, RANK_OF, BASE) < max_update_bytes(LEASE, RANK_OF, BASE)
+    got = check_coded(data, lease)
+    assert got.tensors.keys() == tensors.keys()
+    for name, value in tensors.items():
+        off = np.linalg.norm(got.tensors[name] - value) / np.linalg.norm(change[name])
+        assert off < error, name
+    # The same bytes under a lease that did not ask for codes, and the other way round.
+    with pytest.raises(UpdateRejected, match="2 tensors not asked for, first: 'change.codes'"):
+        check(data)
+    with pytest.raises(UpdateRejected, match=f"{kind} update: tensor 'change.codes' is missing"):
+        check_coded(update.pack({}, stats, FACTS), lease)
+
+
+@pytest.mark.parametrize("kind", uplink.KINDS)
+def test_codes_are_checked_once_they_are_values(kind):
+    tensors, stats = parts()
+    lease = replace(LEASE, uplink=kind)
+    coded = uplink.encode({n: v - LEASED[n] for n, v in tensors.items()}, kind)
+    coded[uplink.SCALES][:] = 6e4
+    with pytest.raises(UpdateRejected, match="root mean square"):
+        check_coded(update.pack(coded, stats, FACTS), lease)
+    coded[uplink.SCALES][0] = np.nan
+    with pytest.raises(UpdateRejected, match="NaN"):
+        check_coded(update.pack(coded, stats, FACTS), lease)
+
+
+def test_the_rounding_of_the_downlink_is_no_change():
+    lease = replace(LEASE, downlink="float16")
+    tensors, stats = parts()
+    rounded = {n: v.astype(np.float16).astype(np.float32) for n, v in LEASED.items()}
+    same = check_coded(update.pack(rounded, stats, FACTS), lease)
+    assert all(np.array_equal(same.tensors[n], LEASED[n]) for n in tensors)
+    assert not all(np.array_equal(rounded[n], LEASED[n]) for n in tensors)
+    coded = uplink.encode({n: np.zeros_like(v) for n, v in LEASED.items()}, "int8")
+    same = check_coded(update.pack(coded, stats, FACTS), replace(lease, uplink="int8"))
+    assert all(np.array_equal(same.tensors[n], LEASED[n]) for n in tensors)
+
+
+@pytest.mark.parametrize(
+    ("objective", "gone"),
+    [
+        (Objective(factors="lora_A"), "lora_B"),
+        (Objective(factors="lora_B"), "lora_A"),
+        (Objective(personal=True), "lora_B"),
+    ],
+)
+def test_an_update_has_what_the_objective_sends(objective, gone):
+    tensors, stats = parts()
+    lease = replace(LEASE, objective=objective)
+    with pytest.raises(UpdateRejected, match=f"not asked for, first: .*{gone}"):
+        check(update.pack(tensors, stats, FACTS), lease)
+    kept = {n: v for n, v in tensors.items() if not n.endswith(gone)}
+    assert check(update.pack(kept, stats, FACTS), lease).tensors.keys() == kept.keys()
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_control_variates_come_with_every_tensor(kind):
+    tensors, stats = parts()
+    lease = replace(LEASE, objective=Objective(scaffold=True), uplink=kind)
+    with pytest.raises(UpdateRejected, match="missing|wanted"):
+        check_coded(update.pack(tensors, stats, FACTS), lease)
+    control = {f"scaffold.{n}": np.full_like(v, 0.5) for n, v in tensors.items()}
+    change = {n: v - LEASED[n] for n, v in tensors.items()}
+    sent = (
+        {**tensors, **control} if kind == "float32" else uplink.encode({**change, **control}, kind)
+    )
+    got = check_coded(update.pack(sent, stats, FACTS), lease)
+    assert got.tensors.keys() == {*tensors, *control}
+    for name in control:
+        np.testing.assert_allclose(got.tensors[name], 0.5, rtol=1e-2)
+
+
+CODED = update.pack(
+    uplink.encode({n: v - LEASED[n] for n, v in parts()[0].items()}, "int4"), parts()[1], FACTS
+)
+
+
+@given(st.integers(0, len(CODED) - 1), st.integers(1, 255))
+def test_a_flipped_byte_of_a_coded_update_never_raises_anything_else(position, mask):
+    data = bytearray(CODED)
+    data[position] ^= mask
+    try:
+        check_coded(bytes(data), replace(LEASE, uplink="int4"))
+    except UpdateRejected:
+        pass

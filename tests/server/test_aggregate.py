@@ -6,48 +6,16 @@ from hypothesis import strategies as st
 from protocol import names, tensors
 from server import adapters
 from server import aggregate as aggregation
-from server.aggregate import Contribution, centred, reproject
-from tests.server.tiny_store import RANK, base_index
-
-BASE = base_index()
+from server.contribution import Contribution
+from server.gate_rules import centred
+from server.lora_rules import reproject
+from server.rules import Rules
+from tests.server.combining import BASE, contribution, delta, start
+from tests.server.tiny_store import RANK
 
 
 def aggregate(old, contributions, **how):
-    return aggregation.aggregate(old, contributions, BASE.projections, **how)
-
-
-def delta(adapter, layer, expert, projection):
-    a = adapter[names.lora(layer, expert, projection, "lora_A")].astype(np.float64)
-    b = adapter[names.lora(layer, expert, projection, "lora_B")].astype(np.float64)
-    return b @ a
-
-
-def contribution(device, keys, seed, tokens=10.0, scale=0.1, rank=RANK):
-    """New random values for the experts `keys` = [(layer, expert)]."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for layer, e in keys:
-        for p in BASE.projections:
-            out, into = BASE.features(p)
-            made[names.lora(layer, e, p, "lora_A")] = rng.normal(size=(rank, into), scale=scale)
-            made[names.lora(layer, e, p, "lora_B")] = rng.normal(size=(out, rank), scale=scale)
-        made[names.router_row(layer, e)] = rng.normal(size=BASE.hidden, scale=scale)
-    return Contribution(
-        device=device,
-        tensors={k: v.astype(np.float32) for k, v in made.items()},
-        weights=dict.fromkeys(keys, tokens),
-    )
-
-
-def start(seed=None, rank=RANK):
-    adapter = adapters.fresh(BASE, rank)
-    if seed is not None:
-        rng = np.random.default_rng(seed)
-        adapter = {
-            k: v + rng.normal(size=v.shape, scale=0.05).astype(np.float32)
-            for k, v in adapter.items()
-        }
-    return adapter
+    return aggregation.aggregate(old, contributions, BASE.projections, Rules(**how))
 
 
 def test_two_devices_with_disjoint_experts_leave_each_other_bit_identical():
@@ -90,7 +58,7 @@ def test_weights_by_hand():
         for key in c.tensors:
             c.tensors[key][:] = value
     for prior, wanted in ((0.0, 3.0), (1.0, 1.5)):
-        got = aggregate(old, [a, b], rule="factors", prior=prior).adapter
+        got = aggregate(old, [a, b], lora="factors", prior=prior).adapter
         for key in a.tensors:
             if "lora" in key:
                 np.testing.assert_allclose(got[key], wanted)
@@ -103,8 +71,8 @@ def test_weights_by_hand():
 def test_the_order_of_updates_does_not_matter(order, rule):
     old = start(5)
     made = [contribution(f"d{i}", [(0, i % 3), (1, 0)], i, 5.0 + i) for i in range(4)]
-    wanted = aggregate(old, made, rule=rule).adapter
-    got = aggregate(old, [made[i] for i in order], rule=rule).adapter
+    wanted = aggregate(old, made, lora=rule).adapter
+    got = aggregate(old, [made[i] for i in order], lora=rule).adapter
     assert all(np.array_equal(got[k], wanted[k]) for k in wanted)
 
 
@@ -167,7 +135,7 @@ def unchanged(adapter, device, keys, rank, tokens=10.0):
             a, b = (names.lora(layer, e, p, f) for f in names.FACTORS)
             made[a], made[b] = adapter[a][:rank], adapter[b][:, :rank]
         made[names.router_row(layer, e)] = adapter[names.router_row(layer, e)]
-    return Contribution(device=device, tensors=made, weights=dict.fromkeys(keys, tokens))
+    return Contribution(device=device, tensors=made, trained_tokens=dict.fromkeys(keys, tokens))
 
 
 def by_hand(rank_of_a, rank_of_b):
@@ -189,7 +157,7 @@ def by_hand(rank_of_a, rank_of_b):
             Contribution(
                 device=name,
                 tensors={**c.tensors, key_a: a[:rank], key_b: b[:, :rank]},
-                weights=c.weights,
+                trained_tokens=c.trained_tokens,
             )
         )
     return old, made
@@ -209,7 +177,7 @@ def by_hand(rank_of_a, rank_of_b):
 @pytest.mark.parametrize("rule", ["svd", "factors"])
 def test_a_low_rank_does_not_erase_the_tail_by_hand(ranks, prior, wanted, rule):
     old, made = by_hand(*ranks)
-    got = aggregate(old, made, rule=rule, prior=prior)
+    got = aggregate(old, made, lora=rule, prior=prior)
     assert got.prior_mass == 2 * prior
     found = delta(got.adapter, 0, 0, "down")
     np.testing.assert_allclose(np.diag(found)[:2], wanted, atol=1e-5)
@@ -228,7 +196,7 @@ def test_a_low_rank_does_not_erase_the_tail_by_hand(ranks, prior, wanted, rule):
 def test_who_changes_nothing_moves_nothing_whatever_its_rank(seed, ranks, prior, rule):
     old = at_rank(start(seed, rank=4), 4)
     made = [unchanged(old, f"d{i}", [(0, 1)], rank, 5.0 + i) for i, rank in enumerate(ranks)]
-    new = aggregate(old, made, prior=prior, rule=rule).adapter
+    new = aggregate(old, made, prior=prior, lora=rule).adapter
     for p in BASE.projections:
         np.testing.assert_allclose(delta(new, 0, 1, p), delta(old, 0, 1, p), atol=1e-6)
     np.testing.assert_array_equal(new[names.router_row(0, 1)], old[names.router_row(0, 1)])
@@ -281,11 +249,11 @@ def test_directions_that_only_a_low_rank_has_trained_leave_the_others_trainable(
 def test_one_rank_for_all_gives_the_bits_of_the_rule_without_ranks(rule, prior):
     old = start(9)
     made = [contribution(f"d{i}", [(0, i % 2), (1, 0)], i, 3.0 + i) for i in range(4)]
-    got = aggregate(old, made, rule=rule, prior=prior)
+    got = aggregate(old, made, lora=rule, prior=prior)
     for layer, e in ((0, 0), (0, 1), (1, 0)):
-        members = [c for c in made if (layer, e) in c.weights]
-        total = got.prior_mass + sum(c.weights[layer, e] for c in members)
-        shares = [c.weights[layer, e] / total for c in members]
+        members = [c for c in made if (layer, e) in c.trained_tokens]
+        total = got.prior_mass + sum(c.trained_tokens[layer, e] for c in members)
+        shares = [c.trained_tokens[layer, e] / total for c in members]
         rest = 1.0 - sum(shares)
         for p in BASE.projections:
             a, b = (names.lora(layer, e, p, f) for f in names.FACTORS)
@@ -323,11 +291,11 @@ def test_adapter_experts_are_averaged_factor_by_factor():
                 key_b: np.full((2, width), value),
                 row: np.zeros(2),
             },
-            weights={(0, 0): 1.0},
+            trained_tokens={(0, 0): 1.0},
         )
         for name, width, value in (("a", 3, 2.0), ("b", 1, 6.0))
     ]
-    got = aggregation.aggregate(old, made, ("adapter",), prior=0.0).adapter
+    got = aggregation.aggregate(old, made, ("adapter",), Rules(prior=0.0)).adapter
     # b has one unit; the other two count as unchanged, that is 0.
     assert got[key_a].tolist() == [[4, 4], [1, 1], [1, 1]]
     assert got[key_b].tolist() == [[4, 1, 1], [4, 1, 1]]

@@ -13,7 +13,8 @@ import pytest
 from protocol import chunks, messages, topics, update
 from protocol.messages import Lease, Ready, Receipt, RunOver
 from server import adapters
-from server.aggregate import Contribution, aggregate
+from server.aggregate import aggregate
+from server.contribution import Contribution
 from tests.server.fake_device import FACTS, FakeDevice, made_up_stats, made_up_tensors
 from tests.server.test_round_trip import run_all
 from tests.server.tiny_store import RANK
@@ -67,7 +68,7 @@ def expected_version_1(devices, leases):
             Contribution(
                 device=device.device,
                 tensors=made_up_tensors(lease, base, device.shape, device.seed),
-                weights=weights,
+                trained_tokens=weights,
             )
         )
     return aggregate(adapters.fresh(base, RANK), made, base.projections).adapter

@@ -121,6 +121,10 @@ def main(*flags):
             r"server: .*bad\.json: unknown key 'lables', did you mean 'labels'\?",
         ),
         (["--task", "{tmp}/template.json"], r"server: .*template wants \{text\} exactly once"),
+        (
+            ["--task", "{tmp}/answer.json"],
+            r"server: .*answer\.json: answer 'text' wants no labels, 1 found",
+        ),
         (["--fleet", "a/b"], r"server: --fleet 'a/b': letters, digits, - and _ wanted"),
         (["--host", "203.0.113.1"], r"server: .*203\.0\.113\.1.*"),
     ],
@@ -128,6 +132,7 @@ def main(*flags):
 def test_what_cannot_start_says_so_in_one_line(tmp_path, store, flags, line):
     (tmp_path / "bad.json").write_text('{"lables": ["x"]}')
     (tmp_path / "template.json").write_text('{"template": "x"}')
+    (tmp_path / "answer.json").write_text('{"labels": ["x"], "answer": "text"}')
     flags = [f.replace("{tmp}", str(tmp_path)) for f in flags]
     code, _, errors = main(
         "--store", str(store[0]), "--state", str(tmp_path / "state"), "--port", "0", *flags

@@ -15,7 +15,8 @@ from export.families import fft_moe
 from protocol import packing, tensors
 from protocol.manifest import Shape, Slot
 from server import adapters
-from server.aggregate import Contribution, aggregate
+from server.aggregate import aggregate
+from server.contribution import Contribution
 from server.fft_adapter import fft_files
 from server.peft_adapter import peft_files
 from tests.export.families import lowered, test_fft_moe, test_switch, tiny_fft, tiny_switch
@@ -52,7 +53,7 @@ def one_round(base, family, store, shape, held, batch):
     on_disk = lowered.artifact(base, family, store, shape)
     before = adapters.fresh(base, RANK)
     contributions = [
-        Contribution(device=name, tensors=found, weights=weights)
+        Contribution(device=name, tensors=found, trained_tokens=weights)
         for name, resident in held.items()
         for found, weights in [trained(on_disk, resident, before, batch)]
     ]

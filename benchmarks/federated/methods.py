@@ -1,0 +1,181 @@
+"""The methods that are compared, each as one frozen value over the same machinery.
+
+What a method may hold in memory is the client's budget, the same for all; `over_budget` marks those that need more and
+are shown for reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from protocol.objective import Objective
+from server.rules import Rules
+
+Holds = Literal["value", "theta", "random", "prior", "dense", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How experts are chosen, trained, sent and combined.
+
+    Attributes
+    ----------
+    trains : LoRA on the held experts; adapter experts beside frozen ones (FFT-MoE); or a low-rank linear probe on the
+        output layer
+    holds : which experts. "value": the most valuable in every layer, less `coverage`; "theta": FedMoE's threshold, more
+        in one layer than in another; "random": drawn once per client; "prior": those that the base itself uses most,
+        the same for all of a budget; "dense": as many as a token uses, the same for all; "all": everything
+    relevance, beta, exploration, coverage : of the value, see `server.expert_values` and `server.choose_experts`
+    profile : stage 1: values come from the client's own statistics; without, from the base's prior
+    structure : stage 2: FedMoE's structural adjustment
+    reserve : share of the budget that is kept free for growth (FedMoE's 1 - alpha)
+    learning_rate, router_factor, warmup : of the factors; of the router rows, as a share of it; rounds in which these
+        rows stay frozen
+    tuned_as : the method whose tuned learning rate it takes; empty: its own
+    """
+
+    name: str
+    trains: Literal["experts", "adapters", "probe"] = "experts"
+    holds: Holds = "value"
+    relevance: str = "norm"
+    beta: float = 0.1
+    exploration: float = 0.0
+    coverage: float = 0.0
+    profile: bool = True
+    structure: Literal["none", "freeze", "retry"] = "none"
+    reserve: float = 0.0
+    rules: Rules = Rules()
+    objective: Objective = Objective()
+    uplink: Literal["float32", "int8", "int4"] = "float32"
+    downlink: Literal["float32", "float16"] = "float32"
+    learning_rate: float = 0.01
+    router_factor: float = 0.3
+    warmup: int = 0
+    rank: int = 4
+    over_budget: bool = False
+    tuned_as: str = ""
+
+
+FEDAVG = Rules(
+    lora="factors", gate="mean", members="sent", weighting="rows", temperature=0, prior=0
+)
+"""FedIT's: plain means of the factors and of the router."""
+MODULAR = Rules(
+    lora="factors",
+    gate="plain_rows",
+    weighting="rows",
+    temperature=0,
+    prior=0,
+    copy_single=True,
+)
+"""FedMoE's: nobody keeps, one copies, several average."""
+
+OURS = Method(
+    name="ours",
+    coverage=0.5,
+    objective=Objective(z_loss=1e-3),
+    uplink="int8",
+    downlink="float16",
+)
+_FEDIT = Method(name="fedit", holds="prior", profile=False, rules=FEDAVG)
+_FEDMOE = Method(
+    name="fedmoe",
+    holds="theta",
+    relevance="frequency",
+    beta=0.0,
+    structure="freeze",
+    reserve=0.1,
+    rules=MODULAR,
+    objective=Objective(label_smoothing=0.1, balance=0.01),
+)
+_HFEDMOE = Rules(
+    lora="factors",
+    gate="importance",
+    members="sent",
+    weighting="rows",
+    temperature=0,
+    prior=0,
+    tau=0.02,
+)
+_METHODS = (
+    replace(_FEDIT, name="dense-lora", holds="dense"),
+    Method(name="linear-probe", trains="probe", holds="prior", profile=False, rules=FEDAVG),
+    _FEDIT,
+    replace(_FEDIT, name="fedprox", objective=Objective(prox=1e-2)),
+    replace(_FEDIT, name="scaffold", objective=Objective(scaffold=True)),
+    Method(name="random", holds="random", profile=False, rules=MODULAR),
+    _FEDMOE,
+    Method(
+        name="hfedmoe-printed",
+        holds="all",
+        rules=_HFEDMOE,
+        objective=Objective(cap=1, cap_where="backward"),
+        over_budget=True,
+    ),
+    Method(name="hfedmoe-fixed", relevance="mass", rules=replace(Rules(), lora="factors")),
+    Method(
+        name="fft-moe",
+        trains="adapters",
+        holds="prior",
+        profile=False,
+        rules=replace(FEDAVG, members="all"),
+        objective=Objective(target_balance=1e-2, z_loss=1e-3),
+    ),
+    Method(
+        name="flame",
+        relevance="mass",
+        beta=0.0,
+        rules=replace(FEDAVG, gate="rows", members="trained", temperature=1),
+        objective=Objective(active=1, output_scale=True),
+    ),
+    OURS,
+    replace(_FEDIT, name="all-experts", holds="all", over_budget=True),
+)
+METHODS = {method.name: method for method in _METHODS}
+
+SELECTION = tuple(
+    replace(OURS, **{"name": name, "tuned_as": "ours", "coverage": 0.0, **how})  # type: ignore[arg-type]
+    for name, how in {
+        "random": {"holds": "random", "profile": False},
+        "frequency": {"relevance": "frequency", "beta": 0.0},
+        "hfedmoe-printed": {"relevance": "hfedmoe"},
+        "hfedmoe-fixed": {"relevance": "mass"},
+        "oracle": {"relevance": "oracle"},
+        "ours": {"coverage": OURS.coverage},
+    }.items()
+)
+"""The same training and aggregation, and as many experts: only what is held differs."""
+
+
+def _ours(name: str, **how: object) -> Method:
+    return replace(OURS, name=name, tuned_as="ours", **how)  # type: ignore[arg-type]
+
+
+ABLATIONS = (
+    OURS,
+    _ours("without-stage-1", profile=False),
+    replace(METHODS["fedmoe"], name="fedmoe-without-stage-1", tuned_as="fedmoe", profile=False),
+    replace(METHODS["fedmoe"], name="fedmoe-without-stage-2", tuned_as="fedmoe", structure="none"),
+    _ours("without-coverage", coverage=0.0),
+    _ours("relevance-mass", relevance="mass"),
+    _ours("relevance-taylor", relevance="taylor"),
+    _ours("relevance-labels", relevance="labels"),
+    _ours("lora-factors", rules=replace(OURS.rules, lora="factors")),
+    _ours("lora-flex", rules=replace(OURS.rules, lora="flex")),
+    _ours("lora-ffa", rules=replace(OURS.rules, lora="ffa")),
+    _ours("lora-alternate", rules=replace(OURS.rules, lora="alternate")),
+    _ours("lora-fedsa", rules=replace(OURS.rules, lora="fedsa")),
+)
+UPLINK = tuple(_ours(f"ours-{kind}", uplink=kind) for kind in ("float32", "int8", "int4"))
+
+
+def methods_of(suite: str) -> tuple[Method, ...]:
+    """The methods of a suite."""
+    if suite.startswith("selection-"):
+        return SELECTION
+    if suite.startswith("ablation-"):
+        return ABLATIONS
+    if suite.startswith("uplink-"):
+        return UPLINK
+    return _METHODS

@@ -1,0 +1,121 @@
+"""Which runs a sweep consists of, and how hyper-parameters are tuned: the same grid and effort for every method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.federated import suites
+from benchmarks.federated.methods import METHODS, Method, methods_of
+from benchmarks.federated.suites import Suite
+
+RATES = (0.003, 0.01)
+TUNING_SEED = 100
+"""Seeds the worlds that hyper-parameters are tuned in; none of the reported ones."""
+
+
+class PlanError(ValueError):
+    """A file of tuned values that cannot be used; one line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run."""
+
+    suite: Suite
+    method: Method
+    seed: int
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and on disk."""
+        if self.tuning:
+            return f"tuning/{self.suite.name}/{self.method.name}/{self.method.learning_rate:g}"
+        return f"{self.suite.name}/{self.method.name}/{self.seed}"
+
+    def path(self, out: Path) -> Path:
+        """Its file."""
+        return out / f"{self.name}.jsonl"
+
+
+def read_tuned(path: Path | None) -> dict[str, float]:
+    """Method -> learning rate; raises PlanError."""
+    if path is None:
+        return {}
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        rates = {str(name): float(entry["learning_rate"]) for name, entry in found.items()}
+    except FileNotFoundError as error:
+        raise PlanError(f"--tuned {path}: no such file; make it with --tune") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PlanError(f"--tuned {path}: not a file of tuned values: {error}") from error
+    return rates
+
+
+def tasks(
+    names: Sequence[str],
+    chosen: Sequence[str] | None,
+    seeds: Sequence[int],
+    tuned: Path | None,
+) -> list[Task]:
+    """All runs of the suites; seed by seed, so that an early stop leaves whole comparisons."""
+    rates = read_tuned(tuned)
+    made = []
+    for seed in seeds:
+        for name in names:
+            for method in methods_of(name):
+                if chosen and method.name not in chosen:
+                    continue
+                kind = method.tuned_as or method.name
+                rate = rates.get(kind, method.learning_rate)
+                made.append(Task(suites.SUITES[name], replace(method, learning_rate=rate), seed))
+    return made
+
+
+def grid(names: Sequence[str], chosen: Sequence[str] | None) -> list[Task]:
+    """Every method at every learning rate, one world per suite."""
+    return [
+        Task(suites.SUITES[name], replace(method, learning_rate=rate), TUNING_SEED, tuning=True)
+        for name in names
+        for method in METHODS.values()
+        if not chosen or method.name in chosen
+        for rate in RATES
+    ]
+
+
+def choose(out: Path, tasks: Sequence[Task], into: Path) -> Path:
+    """Write the rate of the highest mean validation score of each method, with all that was measured.
+
+    The score is the mean of the global model's accuracy gain and the devices': neither alone is what a method is for.
+    """
+    measured: dict[str, dict[float, list[float]]] = {}
+    for task in tasks:
+        score = validation(task.path(out))
+        rates = measured.setdefault(task.method.name, {})
+        rates.setdefault(task.method.learning_rate, []).append(score)
+    found = {}
+    for name, rates in measured.items():
+        means = {rate: sum(scores) / len(scores) for rate, scores in rates.items()}
+        best = max(means, key=lambda rate: means[rate])
+        found[name] = {
+            "learning_rate": best,
+            "grid": {f"{rate:g}": round(mean, 4) for rate, mean in means.items()},
+        }
+    into.parent.mkdir(parents=True, exist_ok=True)
+    into.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return into
+
+
+def validation(path: Path) -> float:
+    """A tuning run's score: minus the mean answer loss of the global model and of the devices at its last round."""
+    values: dict[str, list[float]] = {"global": [], "device": []}
+    with open(path, encoding="utf-8") as lines:
+        for text in lines:
+            line = json.loads(text)
+            if line["kind"] == "score" and line["metric"] == "answer_loss":
+                values[line["scope"]].append(float(line["value"]))
+    return -sum(sum(v) / len(v) for v in values.values() if v) / 2
