@@ -129,6 +129,68 @@ def test_random_participation_draws_the_same_devices_for_the_same_seed():
     assert all(len(d) == 3 for d in drawn)
 
 
+def works(plan, names):
+    """Play a whole run with devices that always deliver; the work of each round."""
+    everyone = frozenset(names)
+    state, seen = State(plan=plan, round=plan.first, online=everyone, idle=everyone), []
+    events = [Tick(now=0)]
+    while events:
+        state, commands = step(state, events.pop(0))
+        for command in commands:
+            match command:
+                case OpenRound():
+                    seen.append(command.work)
+                    events.append(Opened(devices=frozenset(command.devices), now=0))
+                    events += [Delivered(device=d, accepted=True, now=0) for d in command.devices]
+                case CloseRound():
+                    events += [*(Ready(device=d, now=0) for d in names), Closed(now=0)]
+    assert state.phase == "over"
+    return seen
+
+
+def test_five_of_thirty_take_part_in_training_and_all_in_measuring():
+    names = [f"d{i:02}" for i in range(30)]
+    plan = Plan(rounds=60, per_round=5, min_devices=30, gather=0, seed=3)
+    chosen = []
+    for round in range(62):
+        state = State(plan=plan, round=round, online=frozenset(names), idle=frozenset(names))
+        (command,) = step(state, Tick(now=0))[1]
+        if command.work != "train":
+            assert len(command.devices) == 30
+            continue
+        assert len(set(command.devices)) == 5
+        assert set(command.devices) <= set(names)
+        chosen.append(command.devices)
+    counts = [sum(name in devices for devices in chosen) for name in names]
+    assert len(chosen) == 60
+    # 10 times each on average, standard deviation 2.9: nobody is left out, nobody always drawn.
+    assert min(counts) >= 2
+    assert max(counts) <= 20
+    assert len(set(chosen)) > 50
+
+
+def test_profiling_comes_again():
+    short = {"profile": "P", "train": "t", "evaluate": "E"}
+    line = lambda **plan: "".join(  # noqa: E731
+        short[work] for work in works(Plan(**plan), ["a", "b"])
+    )
+    assert line(rounds=5) == "PtttttE"
+    assert line(rounds=5, reprofile=2) == "PttPttPtE"
+    assert line(rounds=4, reprofile=2) == "PttPttE"  # not just before the end
+    assert line(rounds=4, reprofile=9) == "PttttE"
+    assert line(rounds=3, reprofile=1) == "PtPtPtE"
+    assert line(rounds=0, reprofile=1) == "PE"
+    assert line(rounds=3, first=1) == "tttE"
+
+
+def test_without_the_first_stage_training_still_waits_for_enough_devices():
+    state = State(plan=Plan(min_devices=2, first=1), round=1)
+    state, commands = run(state, Ready(device="b", now=0), Tick(now=100))
+    assert commands == []
+    _, commands = step(state, Ready(device="a", now=101))
+    assert commands == [OpenRound(round=1, work="train", devices=("a", "b"))]
+
+
 def test_a_round_without_leases_closes():
     state = State(plan=Plan(), round=1, phase="opening")
     _, commands = step(state, Opened(devices=frozenset(), now=0))

@@ -14,6 +14,7 @@ from server.adapters import (
     write_version,
 )
 from server.store import StateError, Store
+from server.structure import State, from_json, to_json
 from tests.server.fake_device import FACTS
 from tests.server.tiny_store import FROZEN, FULL, HALF, WIDE, base_index, shape
 
@@ -53,6 +54,38 @@ def test_everything_is_there_after_a_reopening(tmp_path):
     np.testing.assert_array_equal(store.values()["a"], np.ones((1, 2)))
     np.testing.assert_array_equal(store.trained_counts(), [[3, 3]])
     np.testing.assert_array_equal(store.trained_mass(), [[0.5, 0.5]])
+    store.close()
+
+
+def test_sub_models_activations_and_versions_are_there_after_a_reopening(tmp_path):
+    store = Store(tmp_path, "base")
+    assert (store.structures(), store.activations(), store.expert_versions()) == ({}, {}, None)
+    state = State(held=((1,),), scores=(0.5,), best=0.5, turns=1, resting={"+0.1": 3})
+    store.open_round(1, [("a", lease("a"))], {"a": to_json(State(held=((1,),)))})
+    store.close()
+
+    store = Store(tmp_path, "base")
+    assert from_json(store.structures()["a"], 1, 2) == State(held=((1,),))
+    counts = np.array([[0, 1]])
+    store.close_round(
+        1, 1, "{}", {}, counts, over=False, activations={"a": np.array([[0.25, 0.75]])},
+        expert_versions=counts, structures={"a": to_json(state)},
+    )  # fmt: skip
+    store.close()
+
+    store = Store(tmp_path, "base")
+    assert from_json(store.structures()["a"], 1, 2) == state
+    np.testing.assert_array_equal(store.activations()["a"], [[0.25, 0.75]])
+    np.testing.assert_array_equal(store.expert_versions(), [[0, 1]])
+    store.close()
+
+
+def test_a_round_that_fails_to_open_begins_no_sub_model(tmp_path):
+    store = Store(tmp_path, "base")
+    store.open_round(1, [("a", lease("a"))])
+    with pytest.raises(Exception, match="UNIQUE"):
+        store.open_round(2, [("a", lease("a"))], {"a": "{}"})
+    assert store.structures() == {}
     store.close()
 
 
