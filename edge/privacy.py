@@ -77,6 +77,12 @@ def sensitivity(clip: float, layers: int, experts: int, hidden: int) -> dict[str
     }
 
 
+def check(clip: float, noise: float) -> None:
+    """Raise ValueError for noise without a clip: what a row can change would have no bound."""
+    if noise and clip <= 0:
+        raise ValueError(f"noise of {noise} on sums that are not clipped hides nothing")
+
+
 def noised(
     stats: Mapping[str, NDArray[np.float32]],
     clip: float,
@@ -103,10 +109,9 @@ def noised(
     ValueError
         Noise without a clip.
     """
+    check(clip, noise)
     if not noise:
         return dict(stats)
-    if clip <= 0:
-        raise ValueError(f"noise of {noise} on sums that are not clipped hides nothing")
     layers, experts = next(iter(stats.values())).shape
     widths = sensitivity(clip, layers, experts, hidden)
     hidden_stats: FloatArrays = {}

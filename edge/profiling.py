@@ -33,6 +33,7 @@ from edge import native, privacy
 from edge.data import Prompter, Row, evaluation_batches
 from edge.rows_file import RowsFile
 from edge.session import Artifact, Batch, FloatArrays, Resident, SessionError
+from edge.slots import SlotError
 from edge.trainer import Result
 from protocol import names, tensors, update
 from protocol.manifest import Blob, Profiling, Program
@@ -309,10 +310,10 @@ class _Walk:
         return norms
 
     def _adapted(self, name: str, default: Any) -> Any:
-        """A tensor of the adapter; raises SessionError when it is not finite."""
+        """A tensor of the adapter; raises SlotError when it is not finite."""
         value = self.adapter.get(name, default)
         if not np.isfinite(value).all():
-            raise SessionError(f"adapter: {name} is not finite")
+            raise SlotError(f"adapter: {name} is not finite")
         return value
 
     def _factors(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
@@ -358,11 +359,16 @@ def profile(
     Raises
     ------
     SessionError
-        The manifest has no programs for it, or a blob or an adapter does not fit them.
+        The manifest has no programs for it, or a blob does not fit them.
+    SlotError
+        The adapter does not belong to the base, or is not finite.
+    ValueError
+        Noise without a clip.
     """
     profiling, base = artifact.manifest.profiling, artifact.base
     if profiling is None:
         raise SessionError("the artifact has no programs that profile the whole model")
+    privacy.check(clip, noise)
     with ExitStack() as stack:
         hidden, x = (stack.enter_context(closing(RowsFile(scratch, base.hidden))) for _ in range(2))
         try:
@@ -385,7 +391,7 @@ def profile(
 
 
 def check_adapter(adapter: Arrays, artifact: Artifact) -> None:
-    """Raise SessionError unless every tensor belongs to one of the base's experts and has its shape."""
+    """Raise SlotError unless every tensor belongs to one of the base's experts and has its shape."""
     base = artifact.base
     for name, value in adapter.items():
         key = names.parse(name)
@@ -397,7 +403,7 @@ def check_adapter(adapter: Arrays, artifact: Artifact) -> None:
             rank = value.shape[0 if key.factor == "lora_A" else -1] if value.ndim == 2 else 0
             wanted = (rank, features) if key.factor == "lora_A" else (out, rank)
         if not known or value.shape != wanted or value.dtype != np.float32:
-            raise SessionError(
+            raise SlotError(
                 f"adapter: {name[:80]!r} is {value.dtype} {value.shape}, no part of the base's"
             )
 

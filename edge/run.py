@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from edge import data, slots, trainer
+from edge import data, profiling, slots, trainer
 from edge.deliver import Delivery, SendOffer
 from edge.fetch import BlobCache, FetchError, Server
 from edge.identity import Identity
@@ -46,6 +46,7 @@ class Options:
     held_back: int
     once: bool
     trust: Path | None = None
+    keep_bytes: int = 0
 
 
 @dataclass
@@ -89,7 +90,7 @@ def run(options: Options) -> None:
     server = Server(options.server)
     with Identity(options.workdir, options.device, options.profile, server.url) as identity:
         trust = Trust(options.workdir, options.trust)
-        cache = BlobCache(server, options.workdir / "blobs")
+        cache = BlobCache(server, options.workdir / "blobs", options.keep_bytes)
         outbox = Outbox(options.workdir / "outbox")
         device: Device | None = None
         while True:
@@ -242,7 +243,7 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
         log.info(
             "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
         )
-        result, limit = work(device, here, job, adapter, check)
+        result, limit = work(device, here, lease, job, adapter, check)
     except trainer.Abandoned:
         log.warning("lease=%s is no longer wanted: given up", lease.lease)
         return None
@@ -267,12 +268,21 @@ def read_adapter(device: Device, blob: Blob) -> dict[str, Any]:
 
 
 def work(
-    device: Device, here: Attendance, job: trainer.Job, adapter: Any, check: Any
+    device: Device,
+    here: Attendance,
+    lease: messages.Lease,
+    job: trainer.Job,
+    adapter: Any,
+    check: Any,
 ) -> tuple[trainer.Result, MemoryLimit]:
-    """`trainer.work` under the memory limit."""
+    """`trainer.work` under the memory limit, and the profile of the whole model where the lease asks for it."""
     limit = device.limit
     assert limit is not None  # set by `prepare`
-    train_rows, held_back = data.split_rows(device.rows)
+    train_rows, rest = data.split_rows(device.rows)
+    held_back = data.first_by_hash(rest, device.options.held_back)
+    whole = lease.work == "profile" and lease.profile == "full" and can_profile(device, here)
+    if whole:
+        job = replace(job, work="evaluate")  # accuracy is the sub-MoE's, routing the whole model's
     limit.arm()
     with limit.explained():
         result = trainer.work(
@@ -282,15 +292,45 @@ def work(
             job,
             here.prompts,
             train_rows,
-            data.first_by_hash(held_back, device.options.held_back),
+            held_back,
             check,
         )
+        if whole:
+            rows = profiling.choose_rows(
+                train_rows, held_back, lease.profile_rows, here.prompts.batch, job.seed
+            )
+            result = profiling.complete(
+                result,
+                lease,
+                here.artifact,
+                device.cache.borrow,
+                here.prompts,
+                rows,
+                job.resident,
+                device.options.workdir / "profiling",
+                check,
+            )
+        elif lease.work == "profile" and lease.profile_clip:
+            # Only the whole model's statistics are clipped row by row: none is better than bare ones.
+            result = replace(result, stats={n: 0 * value for n, value in result.stats.items()})
     if limit.peak() > limit.budget:
         line = limit.message(f"{limit.peak() / MIB:.1f} MiB")
         if limit.enforce != "none":
             raise OverBudgetError(line)
         log.warning("%s (not enforced)", line)
     return result, limit
+
+
+def can_profile(device: Device, here: Attendance) -> bool:
+    """Whether the whole model can be run here; fetches the programs for it."""
+    programs = here.artifact.manifest.profiling
+    if programs is None or device.backend.name != "executorch":
+        why = "artifact has no programs" if programs is None else f"{device.backend.name} backend"
+        log.warning("no profile of the whole model (%s): of the resident experts instead", why)
+        return False
+    for program in programs.programs():
+        device.cache.get(program.blob)
+    return True
 
 
 def facts_of(
