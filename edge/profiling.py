@@ -386,7 +386,7 @@ def profile(
     if clip:
         rng = rng or np.random.default_rng(secrets.randbits(128))
         stats = privacy.noised(stats, clip, noise, base.hidden, rng)
-        tokens = math.ceil(float(stats["mass"].sum(-1, dtype=np.float64).max()))
+        tokens = round(float(stats["mass"].sum(-1, dtype=np.float64).max()))
     return Profiled(stats, tokens, walk.label_mass)
 
 

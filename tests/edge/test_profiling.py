@@ -1,4 +1,5 @@
-"""The loop of a full profile: files, one expert at a time, clipping by row, rows chosen; sums against the evaluation."""
+"""The loop of a full profile: files, one expert at a time, clipping by row, rows chosen; sums against the
+evaluation."""
 
 import contextlib
 import dataclasses
