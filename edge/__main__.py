@@ -21,6 +21,7 @@ from edge.session import BACKENDS, SessionError
 from edge.slots import SlotError
 from edge.trust import TrustError
 
+KEEP = "flash up to which experts that were only profiled stay there (0: each is dropped after use)"
 EXAMPLE = """example:
   python -m edge --server http://192.168.1.10:8470 --profile jetson_orin_nano \\
       --data notes.jsonl.gz --text text --label topic
@@ -52,11 +53,14 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--enforce", default="none", metavar="HOW", help="none, rlimit or cgroup:/PATH (none)")
     add("--trust", type=Path, metavar="KEY", help="public key of the artifacts (the first met)")
     add("--held-back", type=int, default=64, metavar="N", help="rows to evaluate on (64)")
+    add("--keep-mb", type=float, default=0.0, metavar="MB", help=KEEP)
     add("--once", action="store_true", help="stop after one lease")
     add("--verbose", action="store_true", help="say more")
     found = parser.parse_args(argv)
     if found.budget_mb is not None and not 0 < found.budget_mb < 1 << 30:
         parser.error(f"--budget-mb {found.budget_mb}: more than 0 wanted")
+    if not 0 <= found.keep_mb < 1 << 30:
+        parser.error(f"--keep-mb {found.keep_mb}: 0 or more wanted")
     if found.held_back < 1:
         parser.error(f"--held-back {found.held_back}: at least 1 wanted")
     logging.basicConfig(
@@ -77,6 +81,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         held_back=found.held_back,
         once=found.once,
         trust=found.trust,
+        keep_bytes=int(found.keep_mb * MIB),
     )
 
 

@@ -14,7 +14,8 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +209,38 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 class BlobCache:
-    """Blobs on flash, named by their content."""
+    """Blobs on flash, named by their content.
 
-    def __init__(self, server: Server, folder: Path) -> None:
-        self.server, self.folder, self.bytes_down = server, folder, 0
+    Parameters
+    ----------
+    keep : int
+        Bytes up to which blobs that were only borrowed stay in the folder, counting all that is there.
+    """
+
+    def __init__(self, server: Server, folder: Path, keep: int = 0) -> None:
+        self.server, self.folder, self.keep, self.bytes_down = server, folder, keep, 0
         self._checked: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def borrow(self, blob: Blob) -> Iterator[Path]:
+        """Path of a blob that is removed afterwards, if it was not there before and there is no room to keep it.
+
+        Raises as `get`. So a device can look at every expert of a base with flash for one more.
+        """
+        there = (self.folder / blob.sha256).exists()
+        path = self.get(blob)
+        try:
+            yield path
+        finally:
+            if not there and self._held() > self.keep:
+                self._checked.discard(blob.sha256)
+                path.unlink(missing_ok=True)
+
+    def _held(self) -> int:
+        if not self.keep:
+            return 1  # nothing is kept: no need to look
+        return sum(path.stat().st_size for path in self.folder.iterdir())
 
     def get(self, blob: Blob) -> Path:
         """Path of a blob, fetched when it is not there. Content is checked once per process.

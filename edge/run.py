@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from edge import data, feedback, kept, slots, trainer
+from edge import data, feedback, kept, profiling, slots, trainer
 from edge.deliver import Delivery, SendOffer
 from edge.fetch import BlobCache, FetchError, Server
 from edge.identity import Identity
@@ -48,6 +48,7 @@ class Options:
     held_back: int
     once: bool
     trust: Path | None = None
+    keep_bytes: int = 0
 
 
 @dataclass
@@ -92,7 +93,7 @@ def run(options: Options) -> None:
     server = Server(options.server)
     with Identity(options.workdir, options.device, options.profile, server.url) as identity:
         trust = Trust(options.workdir, options.trust)
-        cache = BlobCache(server, options.workdir / "blobs")
+        cache = BlobCache(server, options.workdir / "blobs", options.keep_bytes)
         outbox = Outbox(options.workdir / "outbox")
         keeps = Kept(options.workdir)
         device: Device | None = None
@@ -250,7 +251,7 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
             "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
         )
         own = device.kept.read(lease.run)
-        result, limit = work(device, here, job, adapter, check, shared, own)
+        result, limit = work(device, here, lease, job, adapter, check, shared, own)
         sent, owed = code(result, adapter, own, lease.uplink)
     except trainer.Abandoned:
         log.warning("lease=%s is no longer wanted: given up", lease.lease)
@@ -306,16 +307,21 @@ def keep(device: Device, lease: messages.Lease, own: FloatArrays, new: FloatArra
 def work(
     device: Device,
     here: Attendance,
+    lease: messages.Lease,
     job: trainer.Job,
     adapter: FloatArrays,
     check: Callable[[], None],
     shared: FloatArrays,
     own: FloatArrays,
 ) -> tuple[trainer.Result, MemoryLimit]:
-    """`trainer.work` under the memory limit."""
+    """`trainer.work` under the memory limit, and the profile of the whole model where the lease asks for it."""
     limit = device.limit
     assert limit is not None  # set by `prepare`
-    train_rows, held_back = data.split_rows(device.rows)
+    train_rows, rest = data.split_rows(device.rows)
+    held_back = data.first_by_hash(rest, device.options.held_back)
+    whole = lease.work == "profile" and lease.profile == "full" and can_profile(device, here)
+    if whole:
+        job = replace(job, work="evaluate")  # accuracy is the sub-MoE's, routing the whole model's
     limit.arm()
     with limit.explained():
         result = trainer.work(
@@ -325,17 +331,47 @@ def work(
             job,
             here.prompts,
             train_rows,
-            data.first_by_hash(held_back, device.options.held_back),
+            held_back,
             check,
             shared,
             own,
         )
+        if whole:
+            rows = profiling.choose_rows(
+                train_rows, held_back, lease.profile_rows, here.prompts.batch, job.seed
+            )
+            result = profiling.complete(
+                result,
+                lease,
+                here.artifact,
+                device.cache.borrow,
+                here.prompts,
+                rows,
+                job.resident,
+                device.options.workdir / "profiling",
+                check,
+            )
+        elif lease.work == "profile" and lease.profile_clip:
+            # Only the whole model's statistics are clipped row by row: none is better than bare ones.
+            result = replace(result, stats={n: 0 * value for n, value in result.stats.items()})
     if limit.peak() > limit.budget:
         line = limit.message(f"{limit.peak() / MIB:.1f} MiB")
         if limit.enforce != "none":
             raise OverBudgetError(line)
         log.warning("%s (not enforced)", line)
     return result, limit
+
+
+def can_profile(device: Device, here: Attendance) -> bool:
+    """Whether the whole model can be run here; fetches the programs for it."""
+    programs = here.artifact.manifest.profiling
+    if programs is None or device.backend.name != "executorch":
+        why = "artifact has no programs" if programs is None else f"{device.backend.name} backend"
+        log.warning("no profile of the whole model (%s): of the resident experts instead", why)
+        return False
+    for program in programs.programs():
+        device.cache.get(program.blob)
+    return True
 
 
 def facts_of(

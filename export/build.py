@@ -34,11 +34,12 @@ from export.families.family import Family
 from export.items import Values
 from export.keys import KeyFileError, read_private
 from export.plan import Choices, Plan
+from export.profile_programs import lower_profiling, predicted
 from export.programs import Programs, lower_programs
 from export.publish import check_key, publish
 from export.slice_base import FORMATS, slice_base
 from protocol import PROTOCOL_VERSION, manifest, packing
-from protocol.manifest import BaseIndex, Manifest, ManifestError, MemoryPlan
+from protocol.manifest import BaseIndex, Manifest, ManifestError, MemoryPlan, Profiling
 from reference_base import MODEL_DIR
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def build(
         experts={
             str(layer): ids for layer, ids in zip(base.moe_layers, chosen.experts, strict=True)
         },
+        profiling=_profiling(base, family, profile.name, chosen, store, advance),
     )
     # The manifest comes last: no manifest, no artifact.
     return publish(out, base, artifact, key), chosen
@@ -112,6 +114,30 @@ def _lowered(
             f"the budget is {chosen.budget.limits[1] / 2**20:.1f} MB"
         )
     return chosen, programs, memory
+
+
+def _profiling(
+    base: BaseIndex,
+    family: Family,
+    name: str,
+    chosen: Plan,
+    store: BlobStore,
+    advance: Advance,
+) -> Profiling | None:
+    """The programs that profile the whole model, if there are any for this base that fit the budget."""
+    try:
+        made = lower_profiling(base, family, chosen.shape, store, advance)
+    except FamilyError as error:
+        log.warning("%s: devices only profile the experts they hold: %s", name, error)
+        return None
+    needed = sum(predicted(made, chosen.shape, base).values())
+    if needed > chosen.budget.memory:
+        log.warning(
+            "%s: devices only profile the experts they hold: the whole model needs %.1f MB of %.1f",
+            *(name, needed / 2**20, chosen.budget.memory / 2**20),
+        )
+        return None
+    return made
 
 
 def _same_base(out: Path, base: BaseIndex) -> None:
@@ -319,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 scale_budget=scale,
             )
             values = experts_file.values(base, experts)
-            with _bar(console, profile.name, 2) as advance:
+            with _bar(console, profile.name, 3) as advance:
                 artifact, chosen = build(base, profile, args.out, choices, values, advance, key)
             _summary(console, base, artifact, chosen)
             if args.explain:

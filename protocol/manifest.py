@@ -137,6 +137,51 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profiling:
+    """Programs that run the whole model layer by layer, one expert in memory at a time, whatever a device holds.
+
+    Letters: B batch rows, S tokens per row, T = B * S, C tokens of an expert at a time, E experts, k experts per
+    token, d hidden, R rank.
+
+    Attributes
+    ----------
+    embed : `tokens` int64 [B, S], `dense.<name>` -> `hidden` [B, S, d]
+    layers : one program for each kind of decoder layer. Inputs `hidden`, `dense.<name>` with the name less `place`, and
+        in a layer with experts `router` [E, d] (the adapter's change included) and `router.<extra>`. Output `hidden`:
+        what the layer gives without its routed experts; and with experts `x` [T, d], their input, `weight` [T, k],
+        `expert` int64 [T, k], `g` [T, E], the router's probabilities
+    kinds : of each decoder layer up to the last with experts, its index in `layers`
+    place : what the names of a layer's dense tensors begin with; `{layer}` stands for its number
+    expert : `x` [C, d], and of each projection `.packed`, `.scale`, `.a` [R * in] and `.b` [out * R] -> `y` [C, d],
+        `norms` [C], the norms of y's rows
+    format : of the experts' blobs
+    rank : R; smaller factors are filled up with zeros
+    scale : the experts' weighted sum times this is added to `hidden`
+    """
+
+    embed: Program
+    layers: tuple[Program, ...]
+    kinds: tuple[int, ...]
+    place: str
+    expert: Program
+    format: str
+    rank: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not all(0 <= kind < len(self.layers) for kind in self.kinds) or not self.kinds:
+            raise schema.SchemaError("profiling: a layer without a program")
+        if self.format not in packing.FORMATS or not 0 < self.rank <= 4096:
+            raise schema.SchemaError(
+                f"profiling: experts in {self.format[:20]!r} with rank {self.rank}"
+            )
+
+    def programs(self) -> tuple[Program, ...]:
+        """All of them."""
+        return (self.embed, *self.layers, self.expert)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """Predicted peak bytes over the process's size just before the program is opened, term by term."""
 
@@ -176,6 +221,7 @@ class Manifest:
     memory: MemoryPlan
     experts: dict[str, tuple[int, ...]]  # layer -> global ids chosen at build time
     version: int = 1  # grows with every build: a device that has used one refuses an older one
+    profiling: Profiling | None = None  # None: the device can only measure the experts it holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +399,15 @@ def check_fits(manifest: Manifest, base: BaseIndex, where: str) -> None:
         for blob in (blob for row in base.experts[kind] for blob in row):
             if blob.bytes < wanted:
                 raise ManifestError(f"{where}: expert of {blob.bytes} bytes, {wanted} wanted")
+    profiling = manifest.profiling
+    if profiling is None:
+        return
+    if profiling.format not in base.experts:
+        raise ManifestError(f"{where}: profiling in {profiling.format}, which the base lacks")
+    if len(profiling.kinds) != base.moe_layers[-1] + 1:
+        raise ManifestError(
+            f"{where}: profiling of {len(profiling.kinds)} layers, {base.moe_layers[-1] + 1} wanted"
+        )
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -81,6 +81,12 @@ class Lease:
     `adapter` is a safetensors blob with the LoRA factors and router rows of the resident experts, in float32, or in
     float16 (`downlink`): then both sides work from the rounded values. With SCAFFOLD it also holds the control
     variates `scaffold.<name>`, and for the heterogeneity-aware balance `trained_counts` float32 [L, E].
+
+    `profile` says what "profile" measures: "resident" the sub-MoE; "full" the whole model, expert by expert, so that
+    the statistics are exact for experts the device does not hold. `profile_rows`: rows to sample for that, 0: the
+    device's own choice. `profile_clip`: a row counts at most so many tokens in a layer's statistics, 0: all.
+    `profile_noise`: Gaussian noise on them, in units of what one clipped row can change; see `edge.privacy`.
+    `profile_adapter`: as `adapter`, of all experts; without it the base is profiled.
     """
 
     kind: Literal["lease"] = "lease"
@@ -100,8 +106,24 @@ class Lease:
     objective: Objective = Objective()
     uplink: Literal["float32", "int8", "int4"] = "float32"  # how the update's factors are coded
     downlink: Literal["float32", "float16"] = "float32"  # of the adapter
+    profile: Literal["resident", "full"] = "resident"
+    profile_rows: int = 0
+    profile_clip: float = 0.0
+    profile_noise: float = 0.0
+    profile_adapter: Blob | None = None
     seconds: float  # until the deadline, counted from receipt: device clocks are not trusted
     nonce: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.profile_rows <= 10**7:
+            raise schema.SchemaError(f"profile_rows {self.profile_rows}, 0 to 10000000 wanted")
+        for name in ("profile_clip", "profile_noise"):
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise schema.SchemaError(f"{name} {getattr(self, name)}, 0 to 1e6 wanted")
+        if self.profile_noise and not self.profile_clip:
+            raise schema.SchemaError(
+                "profile_noise without profile_clip: a row's share is unbounded"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

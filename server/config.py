@@ -87,6 +87,10 @@ class Config:
     strategy: str = "coverage"
     decay: float = DECAY
     uplink_bytes: int = 0
+    profile: Literal["resident", "full"] = "resident"
+    profile_rows: int = 0
+    profile_clip: float = 0.0
+    profile_noise: float = 0.0
     chunk_bytes: int = CHUNK_BYTES
     upload_budget: int = 64 << 20
     require_token: bool = False
@@ -191,6 +195,19 @@ def _parser() -> argparse.ArgumentParser:
     flag("strategy", "how slots are filled; history suits --per-round", choices=FIXED, metavar=None)
     flag("decay", "per round, of the training that --strategy history remembers")
     flag("uplink_bytes", "cap of an update: the best experts that fit are trained; 0 for none")
+    flag(
+        "profile",
+        "what devices measure at first: the experts they hold, or the whole model expert by expert",
+        choices=("resident", "full"),
+        metavar=None,
+    )
+    flag("profile_rows", "rows a device samples for a full profile, 0: its own choice", metavar="N")
+    flag(
+        "profile_clip",
+        "tokens that one row counts for at most in a full profile, 0: all",
+        metavar="TOKENS",
+    )
+    flag("profile_noise", "Gaussian noise on a full profile, in shares of what one row can change")
     flag("chunk_bytes", "bytes of an update per message")
     flag("upload_budget", "bytes of uploads under way at a time")
     flag("require_token", "serve blobs only to registered devices")
@@ -254,6 +271,9 @@ def check(config: Config) -> Config:
         "lam": (0, 1),
         "decay": (0, 1),
         "uplink_bytes": (0, 2**40),
+        "profile_rows": (0, 10**7),
+        "profile_clip": (0, 10**6),
+        "profile_noise": (0, 10**6),
         "chunk_bytes": (256, 200 << 10),  # our own broker takes packets of 256 KiB
         "upload_budget": (1, 2**40),
     }
@@ -262,6 +282,10 @@ def check(config: Config) -> Config:
         if not low <= value <= high:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {value} found, {low} to {high} wanted")
+    if config.profile_noise and not config.profile_clip:
+        raise ConfigError("--profile-noise wants --profile-clip: noise must know what a row can do")
+    if config.profile == "resident" and (config.profile_rows or config.profile_clip):
+        raise ConfigError("--profile-rows, -clip and -noise are for --profile full")
     try:
         rules = config.rules
     except ValueError as error:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,10 @@ class Terms:
     objective: Objective = Objective()
     uplink: Literal["float32", "int8", "int4"] = "float32"
     downlink: Literal["float32", "float16"] = "float32"
+    profile: Literal["resident", "full"] = "resident"
+    profile_rows: int = 0
+    profile_clip: float = 0.0
+    profile_noise: float = 0.0
 
 
 def lease_id(run: str, round: int, device: str, attempt: int) -> str:
@@ -127,6 +131,7 @@ def write_leases(
     control = scaffold.read(adapter_folder, version) if objective.scaffold else scaffold.NOTHING
     warm = command.round > terms.gate_warmup
     prior = np.asarray(base.routing_prior, np.float64)
+    shared = _Shared(adapter, base, terms, version, blob_folder)
     leases: dict[str, Lease] = {}
     for device, experts in chosen.items():
         resident = {str(layer): tuple(experts[i]) for i, layer in enumerate(base.moe_layers)}
@@ -166,6 +171,7 @@ def write_leases(
             downlink=terms.downlink,
             seconds=terms.deadline,
             nonce=secrets.token_hex(8),
+            **(shared.profile(shapes[device]) if command.work == "profile" else {}),
         )
     return leases
 
@@ -179,3 +185,38 @@ def write_slice(
     return adapters.write_blob(
         folder, tensors.encode(tensors.narrowed(part) if downlink == "float16" else part)
     )
+
+
+class _Shared:
+    """What the leases of a profiling round say beside the usual. The adapter of all experts is written once a rank."""
+
+    def __init__(
+        self,
+        adapter: Mapping[str, NDArray[np.float32]],
+        base: BaseIndex,
+        terms: Terms,
+        version: int,
+        blob_folder: Path,
+    ) -> None:
+        self.adapter, self.base, self.terms = adapter, base, terms
+        self.version, self.folder = version, blob_folder
+        self.written: dict[int, Blob] = {}
+
+    def profile(self, shape: Shape) -> dict[str, Any]:
+        """Fields of a lease; nothing where devices measure what they hold."""
+        terms = self.terms
+        if terms.profile == "resident":
+            return {}
+        rank = max(slot.rank for layer in shape.slots for slot in layer)
+        if self.version and rank not in self.written:
+            every = [(la, e) for la in self.base.moe_layers for e in range(self.base.num_experts)]
+            part = adapters.slice_for(self.adapter, dict.fromkeys(every, rank), self.base)
+            self.written[rank] = adapters.write_blob(self.folder, part)
+        return {
+            "profile": "full",
+            "profile_rows": terms.profile_rows,
+            "profile_clip": terms.profile_clip,
+            "profile_noise": terms.profile_noise,
+            # Version 0 changes nothing: the base as it is.
+            "profile_adapter": self.written.get(rank),
+        }

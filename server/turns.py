@@ -100,6 +100,10 @@ class Turns:
             downlink=c.downlink,
             strategy=c.strategy,
             uplink_bytes=c.uplink_bytes,
+            profile=c.profile,
+            profile_rows=c.profile_rows,
+            profile_clip=c.profile_clip,
+            profile_noise=c.profile_noise,
         )
         shapes = self.shapes(list(command.devices))
         values, counts = self._store.values(), self._store.trained_counts()
@@ -225,9 +229,11 @@ class Turns:
         adapters.write_atomically(self._config.state / "history.jsonl", text.encode())
         self._delivery.end_round(list(self._store.leases(round).values()))
         kept = {
-            row.lease.adapter.sha256
+            blob.sha256
             for recent in range(max(0, round - KEEP_ROUNDS + 1), round + 1)
             for row in self._store.leases(recent).values()
+            for blob in (row.lease.adapter, row.lease.profile_adapter)
+            if blob is not None
         }
         for path in self._blobs.glob("*"):
             if path.name not in kept:

@@ -166,7 +166,9 @@ class ProbeSession(_Frozen):
             torch.zeros(index.vocabulary, PROBE_RANK, requires_grad=True),
         ]
         self.first = index.moe_layers[0]
-        self.row = torch.zeros(index.hidden, requires_grad=True)  # every expert has one; nothing reads it
+        self.row = torch.zeros(
+            index.hidden, requires_grad=True
+        )  # every expert has one; nothing reads it
 
     def _trained(self, array: Any) -> FloatArrays:
         found = {

@@ -125,9 +125,7 @@ class Run:
             # The others' budgets are larger, but a model for everyone must fit the smallest device.
             return self._even(index.top_k)
         if method.holds == "theta":
-            total = max(
-                index.top_k * self.layers, int(self.room[client] * (1 - method.reserve))
-            )
+            total = max(index.top_k * self.layers, int(self.room[client] * (1 - method.reserve)))
             p = np.maximum(self.fleet.values[client], 0)
             kept = threshold.widest(p, np.ones_like(p), total, top_k=index.top_k)
             return self.world.shape([len(ids) for ids in kept.experts], method.rank)
@@ -282,9 +280,7 @@ class Run:
             up += size
             parameters += sum(value.size for value in sent.values())
             if result.control:
-                moved[name] = {
-                    n.removeprefix(names.SCAFFOLD): v for n, v in result.control.items()
-                }
+                moved[name] = {n.removeprefix(names.SCAFFOLD): v for n, v in result.control.items()}
             contributions.append(
                 from_stats(
                     name,
@@ -422,7 +418,9 @@ class Run:
         state, change = structure.step(state, report, peers, limits, rules)
         fleet.structures[name] = state
         if change.kind != "none":
-            fleet.changes.append(f"{name} {change.kind} +{len(change.added)} -{len(change.removed)}")
+            fleet.changes.append(
+                f"{name} {change.kind} +{len(change.added)} -{len(change.removed)}"
+            )
         self.shapes[name] = self.world.shape([len(ids) for ids in state.held], self.method.rank)
 
     # Scores.

@@ -152,3 +152,16 @@ def lowered(tiny_store, artifact):
     (tiny_store / "runtime").mkdir(exist_ok=True)
     (tiny_store / "runtime" / "manifest.json").write_bytes(to_json(manifest))
     return dataclasses.replace(artifact, manifest=manifest)
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_store, artifact):
+    """The tiny artifact with the programs that profile the whole model."""
+    from export import families
+    from export.blob_store import BlobStore
+    from export.profile_programs import lower_profiling
+
+    family, store = families.of(artifact.base.config, "here"), BlobStore(tiny_store)
+    made = lower_profiling(artifact.base, family, artifact.manifest.shape, store)
+    manifest = dataclasses.replace(artifact.manifest, profiling=made)
+    return dataclasses.replace(artifact, manifest=manifest)

@@ -1,5 +1,6 @@
 """The real edge process against the real server: a run, bad input, kills and restarts."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from protocol import tensors
@@ -262,3 +264,42 @@ def test_a_coded_run_with_state_on_the_device(serve, start, rows, tmp_path):
     kept = tensors.mapped(tmp_path / "device" / "kept.safetensors")
     kinds = {"residual.layers.", "residual.scaffold.", "basis.layers.", "scaffold.layers."}
     assert {k for k in kinds for n in kept if n.startswith(k)} == kinds
+
+
+def test_a_device_profiles_experts_it_does_not_hold(lowered, whole, serve, start, rows, tmp_path):
+    """The real device, within a limit: statistics of every expert, whose blobs are gone afterwards."""
+    from protocol import update
+    from protocol.manifest import to_json
+
+    manifest = dataclasses.replace(
+        lowered.manifest, profile="whole", profiling=whole.manifest.profiling
+    )
+    folder = lowered.blobs.parent / "whole"
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_bytes(to_json(manifest))
+    server, url = serve(
+        "--rounds", "1", "--steps", "1", "--profile", "full", "--profile-rows", "40",
+        "--profile-clip", "16",
+    )  # fmt: skip
+    flags = edge_flags(url, rows, tmp_path, "--once", "--enforce", "rlimit", backend="executorch")
+    flags[flags.index("runtime")] = "whole"
+    device = start("device", *flags)
+    outbox, end = tmp_path / "device" / "outbox", time.monotonic() + 240
+    while not list(outbox.glob("*.json")):
+        assert time.monotonic() < end, device.text()
+        time.sleep(0.002)
+    os.kill(device.child.pid, signal.SIGSTOP)  # it is gone from the outbox once it is delivered
+    [path] = outbox.glob("*.safetensors")
+    _, stats, facts = update.unpack(path.read_bytes(), 1 << 20)
+    os.kill(device.child.pid, signal.SIGCONT)
+    assert device.end() == 0, device.text()
+    assert "profiled: " in device.text()
+    server.wait_for("accepted")
+    assert (stats["output_norm"] > 0).all()  # of the experts that it does not hold too
+    assert facts.tokens <= 40 * 16
+    np.testing.assert_allclose(stats["mass"].sum(-1), facts.tokens, atol=1)
+    base, kept = whole.base, {p.name for p in (tmp_path / "device" / "blobs").iterdir()}
+    held = [[blob.sha256 in kept for blob in layer] for layer in base.experts["int4"]]
+    # int4 slots: two of layer 0 and one of layer 1.
+    assert [sum(layer) for layer in held] == [2, 1]
+    assert not list((tmp_path / "device" / "profiling").iterdir())
