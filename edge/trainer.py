@@ -115,6 +115,7 @@ def train(
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise TrainingError(f"step {len(losses) + 1}: loss {loss}, gradient norm {norm}")
         sums.add_routed(routed, job.trained)
+        sums.add_taylor(session.taylor())
         losses.append(loss)
     if not losses:
         raise TrainingError("no step could be made: every row is too short")
