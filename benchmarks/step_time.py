@@ -67,8 +67,13 @@ def value_of(spec: TensorSpec, vocabulary: int) -> np.ndarray[Any, Any]:
         return rng.integers(0, vocabulary, spec.shape)
     if spec.name == "positions":
         return np.arange(spec.shape[0] * spec.shape[1]).reshape(spec.shape)
-    if spec.name in ("valid", "weights") or "norm" in spec.name:
+    if spec.name in ("valid", "weights") or "norm" in spec.name or "output_scale" in spec.name:
         return np.ones(spec.shape, np.float32)
+    if spec.name.startswith("objective."):  # plain: no term, no cap, all experts of a token
+        every = spec.name in ("objective.cap", "objective.active")
+        return np.full(spec.shape, 1 << 20 if every else 0, np.float32)
+    if spec.name.endswith(".target"):
+        return np.full(spec.shape, 1 / spec.shape[0], np.float32)
     if spec.dtype == "uint8":
         return rng.integers(1, 256, spec.shape, dtype=np.uint8)
     if spec.name.endswith(".scale"):

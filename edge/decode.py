@@ -66,6 +66,7 @@ def adapter_inputs(opened: Opened) -> FloatArrays:
             flat[f"layers.{layer}.{projection}.a"] = np.zeros(rank * features, np.float32)
             flat[f"layers.{layer}.{projection}.b"] = np.zeros(rank * out, np.float32)
         flat[f"layers.{layer}.router"] = np.zeros((len(ids), base.hidden), np.float32)
+        flat[f"layers.{layer}.output_scale"] = np.ones(1, np.float32)
     for name, view in slots.views(flat, base, shape, opened.resident).items():
         if name in opened.adapter:
             view[...] = opened.adapter[name]

@@ -27,12 +27,17 @@ class GroupedRouter(nn.Module):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(rows, requires_grad=False)
-        self.config, self.bias = config, bias
+        self.config = config
+        self.rows(group, bias)
+
+    def rows(self, group: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Groups and biases of the rows that `weight` has."""
+        self.bias = bias
         self.groups = [column.nonzero()[:, 0].tolist() for column in group.T]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits [T, P], weights [T, k], slots [T, k]."""
-        logits = hidden.reshape(-1, self.weight.shape[1]) @ self.weight.T
+        logits = hidden.reshape(-1, hidden.shape[-1]) @ self.weight.T
         score = logits.softmax(-1) if self.bias is None else logits.sigmoid()
         index, there = [], []
         for row in score.detach():

@@ -18,7 +18,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.activations import ACT2FN
 
-from edge.session import Artifact, Batch, FloatArrays, LayerStats, Resident, SessionError
+from edge import objective_torch
+from edge.full_router_torch import full_router
+from edge.objective_torch import Routed
+from edge.session import (
+    PLAIN,
+    Artifact,
+    Batch,
+    FloatArrays,
+    LayerStats,
+    Resident,
+    SessionError,
+    Terms,
+)
 from edge.submoe_torch import load_dense, read_blob, router_of, unpacked
 from protocol import fft_moe, lora, names, packing
 from protocol.manifest import BaseIndex, Slot
@@ -75,39 +87,40 @@ class Block(nn.Module):
         self.experts, self.ids, self.top_k = nn.ModuleList(experts), ids, top_k
         self.router, self.inner = router, None
         self.delta = nn.Parameter(torch.zeros(len(ids), router.shape[1]))
+        self.scale = nn.Parameter(torch.ones(1))
         self.renormalise = False
-        self.valid = torch.ones(1)
-        self.routed: NDArray[np.float32] = np.zeros(len(ids), np.float32)
+        self.valid, self.terms = torch.ones(1), PLAIN
+        self.routed: Routed | None = None
         self.stats: dict[str, Any] = {}  # fields of LayerStats
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, d] -> [B, S, d]."""
         x, valid = hidden.reshape(-1, hidden.shape[-1]), self.valid.reshape(-1)
-        p = torch.softmax(x @ (self.router[list(self.ids)] + self.delta).T, -1)
-        weight, slot = p.topk(self.top_k, -1)
+        logits = x @ (self.router[list(self.ids)] + self.delta).T
+        p = torch.softmax(logits, -1)
+        kept = objective_torch.within_cap(p, valid, self.terms.cap, self.top_k)
+        ids = kept if self.terms.cap_where == "both" else torch.arange(len(self.ids))
+        weight, slot = torch.softmax(logits[:, ids], -1).topk(self.top_k, -1)
+        slot = ids[slot]
         if self.renormalise:
             weight = weight / weight.sum(-1, keepdim=True)
-        out, norms, routed = torch.zeros_like(x), [], []
+        weight, counted = objective_torch.most_active(weight, self.terms.active, self.renormalise)
+        if weight.requires_grad:
+            weight.retain_grad()
+        self.routed = Routed(valid, logits, p, kept, slot, weight, counted)
+        out, norms = torch.zeros_like(x), []
         for place, expert in enumerate(self.experts):
             token, choice = torch.where(slot == place)
             y = expert(x[token])
-            out = out.index_add(0, token, y * weight[token, choice, None])
+            share = weight[token, choice, None] * self.scale
+            out = out.index_add(0, token, y * share)
             norms.append((y.norm(dim=-1) * weight[token, choice] * valid[token]).sum())
-            routed.append(valid[token].sum())
-        self.routed = torch.stack(routed).numpy()
         if not torch.is_grad_enabled():
-            self._observe(x, valid, torch.stack(norms))
+            full = self.router.clone()
+            full[list(self.ids)] += self.delta
+            self.stats = full_router(torch.softmax(x @ full.T, -1), valid, self.top_k, self.ids)
+            self.stats["output_norm"] = torch.stack(norms).numpy()
         return out.view(hidden.shape) + (0 if self.inner is None else self.inner(hidden))
-
-    def _observe(self, x: torch.Tensor, valid: torch.Tensor, norms: torch.Tensor) -> None:
-        full = self.router.clone()
-        full[list(self.ids)] += self.delta
-        g = torch.softmax(x @ full.T, -1)
-        top = torch.zeros_like(g).scatter(1, g.topk(self.top_k, -1).indices, 1.0) * g
-        sums = {"mass": g, "top": top, "g_log_g": torch.xlogy(g, g)}
-        self.stats = {name: (v * valid[:, None]).sum(0).numpy() for name, v in sums.items()}
-        self.stats["missed"] = float(((1 - g[:, list(self.ids)].sum(-1)) * valid).sum())
-        self.stats["output_norm"] = norms.numpy()
 
 
 def build(artifact: Artifact, resident: Resident) -> tuple[nn.Module, dict[int, Block]]:
@@ -180,11 +193,13 @@ class PlainSession:
         self._model, self._blocks = build(artifact, resident)
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
+        self._backward_cap = False  # of the last step
         self._parameters: dict[str, torch.Tensor] = {}
         for layer, block in self._blocks.items():
             for expert in block.experts:
                 self._parameters |= expert.named()
             self._parameters |= {f"layers.{layer}.router": block.delta}
+            self._parameters |= {names.output_scale(layer): block.scale}
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
 
@@ -197,21 +212,22 @@ class PlainSession:
 
     def load(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
         """See `TrainSession`."""
+        scales = {names.output_scale(layer) for layer in self._blocks}
         for name, alias in self.parameters().items():
-            alias[...] = adapter[name]
+            alias[...] = adapter.get(name, 1.0) if name in scales else adapter[name]
 
     def parameters(self) -> FloatArrays:
         """See `TrainSession`."""
         return self._views({n: p.detach().numpy() for n, p in self._parameters.items()})
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
+    def _logits(self, batch: Batch, terms: Terms = PLAIN) -> torch.Tensor:
         """[B * K, V]."""
         tokens, valid = torch.from_numpy(batch.tokens), torch.from_numpy(batch.valid)
         seq2seq = self._base.architecture == "seq2seq"
         scored = torch.from_numpy((batch.weights > 0).astype(np.float32))
         for layer, block in self._blocks.items():
             decoder = seq2seq and layer >= int(self._base.config["num_layers"])
-            block.valid = scored if decoder else valid
+            block.valid, block.terms = scored if decoder else valid, terms
         if seq2seq:
             targets = torch.from_numpy(batch.targets)
             answered = self._model(input_ids=tokens, attention_mask=valid, labels=targets)
@@ -220,24 +236,49 @@ class PlainSession:
         hidden = self._model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         return self._model.lm_head(hidden[torch.from_numpy(batch.positions).reshape(-1)])
 
-    def forward_backward(self, batch: Batch) -> tuple[float, dict[int, NDArray[np.float32]]]:
+    def forward_backward(
+        self, batch: Batch, terms: Terms = PLAIN
+    ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """See `TrainSession`."""
         for parameter in self._parameters.values():
             parameter.grad = None
-        targets = torch.from_numpy(batch.targets).reshape(-1)
-        nll = F.cross_entropy(self._logits(batch), targets, reduction="none")
-        weights = torch.from_numpy(batch.weights).reshape(-1)
-        loss = (nll * weights).sum() / weights.sum()
-        loss.backward()
-        routed = {layer: block.routed for layer, block in self._blocks.items()}
-        return float(loss.detach()), routed
+        loss, objective = objective_torch.answer_losses(
+            self._logits(batch, terms),
+            torch.from_numpy(batch.targets).reshape(-1),
+            torch.from_numpy(batch.weights).reshape(-1),
+            terms.label_smoothing,
+        )
+        seen = self._routed()
+        if terms.balance or terms.target_balance or terms.z_loss:
+            objective = objective + objective_torch.routing_terms(seen, terms, self._base.top_k)
+        objective.backward()
+        self._backward_cap = bool(terms.cap) and terms.cap_where == "backward"
+        return float(loss.detach()), {layer: r.tokens().numpy() for layer, r in seen.items()}
+
+    def _routed(self) -> dict[int, Routed]:
+        return {n: block.routed for n, block in self._blocks.items() if block.routed is not None}
 
     def gradients(self) -> FloatArrays:
         """See `TrainSession`."""
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return self._views({n: p.grad.numpy() for n, p in self._parameters.items()})
+        found = self._views({n: p.grad.numpy() for n, p in self._parameters.items()})
+        for layer, routed in self._routed().items() if self._backward_cap else ():
+            ids = self._blocks[layer].ids
+            outside = set(ids) - {ids[slot] for slot in routed.kept.tolist()}
+            for name, value in found.items():
+                parsed = names.parse(name)
+                if parsed is not None and parsed.layer == layer and parsed.expert in outside:
+                    value[...] = 0
+        return found
+
+    def taylor(self) -> dict[int, NDArray[np.float32]]:
+        """See `TrainSession`."""
+        return {
+            layer: objective_torch.removal_change(routed, self._blocks[layer].renormalise)
+            for layer, routed in self._routed().items()
+        }
 
     def evaluate(
         self, batch: Batch, adapter: Mapping[str, NDArray[np.float32]]

@@ -60,18 +60,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Routing sums over the valid tokens of a batch, one layer. See `protocol.update.STATS`."""
+    """Routing over the valid tokens of a batch, one layer: sums, and extremes. See `protocol.update.STATS`."""
 
     mass: NDArray[np.float32]  # [E]
     top: NDArray[np.float32]  # [E]
     g_log_g: NDArray[np.float32]  # [E]
     missed: float
     output_norm: NDArray[np.float32]  # [P]
+    peak: NDArray[np.float32]  # [E], largest g among the batch's valid tokens
+    high: NDArray[np.float32]  # [E], the ceil(T/100)-th largest; 0 with fewer valid tokens
 
 
 @dataclass(frozen=True)
 class Terms:
     """The part of `protocol.objective.Objective` that is inside a program's graph; the meanings are there.
+
+    What sums over MoE layers is a mean over layers. Balances and z-loss are over the residents' router, also those
+    beyond the cap; a router of sigmoids is balanced by its scores as shares of their sum.
 
     Attributes
     ----------
@@ -110,18 +115,28 @@ class TrainSession(Protocol):
     """An open training program."""
 
     def load(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
-        """Copy an adapter (global names, all of `slots.adapter_shapes`) into the parameters."""
+        """Copy an adapter (global names, all of `slots.adapter_shapes`) into the parameters.
+
+        Output scales (`names.output_scale`) stay on the device: one that is missing becomes 1.
+        """
 
     def parameters(self) -> FloatArrays:
-        """Global name -> live alias: what is written to it is what the next step uses."""
+        """Global name -> live alias: what is written to it is what the next step uses. Output scales are among them."""
 
     def forward_backward(
         self, batch: Batch, terms: Terms = PLAIN
     ) -> tuple[float, dict[int, NDArray[np.float32]]]:
-        """Loss, and routed valid tokens per slot of each layer; the gradients are then ready."""
+        """Loss, and routed valid tokens per slot of each layer; the gradients are then ready.
+
+        The gradients are those of the whole objective. The loss is the weighted negative log-likelihood alone, so that
+        it can be compared between objectives; tokens count for the experts that were active for them.
+        """
 
     def gradients(self) -> FloatArrays:
         """Gradients of the last step, same names and shapes as `parameters`; valid until the next step."""
+
+    def taylor(self) -> dict[int, NDArray[np.float32]]:
+        """MoE layer -> [P] of the last step, see `protocol.update.STATS`."""
 
     def close(self) -> None:
         """Give the memory back."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edge import native, slots
 from edge.session import (
+    PLAIN,
     Artifact,
     Batch,
     EvaluateSession,
@@ -21,12 +22,14 @@ from edge.session import (
     LayerStats,
     Resident,
     SessionError,
+    Terms,
     TrainSession,
 )
-from protocol import tensors
+from protocol import names, tensors
 from protocol.manifest import Blob, Program
 
 GRADIENT = "grad."
+EVERY = 1 << 20  # experts: more than a layer has
 
 
 class _Open:
@@ -35,7 +38,7 @@ class _Open:
     def __init__(self, artifact: Artifact, program: Program, resident: Resident) -> None:
         self.spec, self.resident, self.artifact = program, resident, artifact
         self.constant = _constant_inputs(artifact, program, resident)
-        self.flat = {s.name: np.zeros(s.shape, np.float32) for s in program.parameters}
+        self.flat = slots.fresh(program.parameters)
         self.adapter = self.views(self.flat)
         path = artifact.path(program.blob)
         try:
@@ -50,8 +53,9 @@ class _Open:
 
     def load(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
         """Copy an adapter into the program's inputs."""
+        scales = {names.output_scale(layer) for layer in self.resident}
         for name, view in self.adapter.items():
-            view[...] = adapter[name]
+            view[...] = adapter.get(name, 1.0) if name in scales else adapter[name]
 
     def run(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Call the program; the outputs are its own memory."""
@@ -105,12 +109,31 @@ def _read(artifact: Artifact, blob: Blob) -> dict[str, NDArray[Any]]:
     return tensors.mapped(artifact.path(blob))
 
 
+def objective_inputs(terms: Terms, resident: Resident) -> dict[str, NDArray[np.float32]]:
+    """What a training program takes beside its batch and its weights, by name."""
+    values = {
+        "label_smoothing": terms.label_smoothing,
+        "balance": terms.balance,
+        "target_balance": terms.target_balance,
+        "z_loss": terms.z_loss,
+        "cap": terms.cap or EVERY,
+        "cap_backward": terms.cap_where == "backward",
+        "active": terms.active or EVERY,
+    }
+    given = {f"objective.{name}": np.array([value], np.float32) for name, value in values.items()}
+    for layer, ids in resident.items():
+        uniform = np.full(len(ids), 1 / len(ids), np.float32)
+        given[f"layers.{layer}.target"] = terms.targets.get(layer, uniform)
+    return given
+
+
 class ExecuTorchTraining:
-    """`train.pte`: loss, routed tokens and gradients."""
+    """`train.pte`: loss, routed tokens, Taylor changes and gradients."""
 
     def __init__(self, artifact: Artifact, resident: Resident) -> None:
         self._open = _Open(artifact, artifact.manifest.train, resident)
         self._gradients: FloatArrays = {}
+        self._taylor: dict[int, NDArray[np.float32]] = {}
 
     def load(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
         """See `TrainSession`."""
@@ -120,21 +143,34 @@ class ExecuTorchTraining:
         """See `TrainSession`."""
         return dict(self._open.adapter)
 
-    def forward_backward(self, batch: Batch) -> tuple[float, dict[int, NDArray[np.float32]]]:
+    def forward_backward(
+        self, batch: Batch, terms: Terms = PLAIN
+    ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """See `TrainSession`."""
-        seen = self._open.run(batch.inputs())
+        resident = self._open.resident
+        seen = self._open.run(batch.inputs() | objective_inputs(terms, resident))
         flat = {
             name.removeprefix(GRADIENT): value
             for name, value in seen.items()
             if name.startswith(GRADIENT)
         }
         self._gradients = self._open.views(flat)
-        routed = {layer: seen[f"layers.{layer}.routed"].copy() for layer in self._open.resident}
+        if terms.cap and terms.cap_where == "backward":
+            for layer, ids in resident.items():
+                outside = [e for e, k in zip(ids, seen[f"layers.{layer}.kept"], strict=True) if not k]
+                for name in slots.names_of({layer: tuple(outside)}, self._gradients):
+                    self._gradients[name][...] = 0
+        self._taylor = {layer: seen[f"layers.{layer}.taylor"].copy() for layer in resident}
+        routed = {layer: seen[f"layers.{layer}.routed"].copy() for layer in resident}
         return float(seen["loss"].reshape(())), routed
 
     def gradients(self) -> FloatArrays:
         """See `TrainSession`."""
         return self._gradients
+
+    def taylor(self) -> dict[int, NDArray[np.float32]]:
+        """See `TrainSession`."""
+        return self._taylor
 
     def close(self) -> None:
         """See `TrainSession`."""
@@ -168,6 +204,8 @@ class ExecuTorchEvaluation:
                 g_log_g=seen[f"layers.{layer}.g_log_g"],
                 missed=float(seen[f"layers.{layer}.missed"].sum()),
                 output_norm=seen[f"layers.{layer}.output_norm"],
+                peak=seen[f"layers.{layer}.peak"],
+                high=seen[f"layers.{layer}.high"],
             )
             for layer in self._open.resident
         }

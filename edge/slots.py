@@ -117,7 +117,15 @@ def views(arrays: Arrays, base: BaseIndex, shape: Shape, resident: Resident) -> 
                     at += math.prod(size)
         rows = arrays[f"layers.{layer}.router"]
         seen |= {names.router_row(layer, e): rows[slot] for slot, e in enumerate(ids)}
+        seen[names.output_scale(layer)] = arrays[f"layers.{layer}.output_scale"]
     return seen
+
+
+def fresh(specs: Sequence[TensorSpec]) -> FloatArrays:
+    """A program's parameters that change nothing: zeros, and output scales of one."""
+    return {
+        s.name: np.full(s.shape, float(s.name.endswith(".output_scale")), np.float32) for s in specs
+    }
 
 
 def check_adapter(adapter: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> FloatArrays:

@@ -15,7 +15,7 @@ from protocol import update
 
 
 class RoutingSums:
-    """Adds up `LayerStats` and routed tokens into the [L, E] arrays of an update."""
+    """Adds up `LayerStats`, routed tokens and Taylor changes into the [L, E] arrays of an update."""
 
     def __init__(self, moe_layers: Sequence[int], experts: int, resident: Resident) -> None:
         self._row = {layer: i for i, layer in enumerate(moe_layers)}
@@ -23,17 +23,21 @@ class RoutingSums:
         # float64: sums of a long evaluation are compared between devices.
         self._sums = {name: np.zeros((len(moe_layers), experts)) for name in update.STATS}
         self._missed = np.zeros(len(moe_layers))
+        self._batches = 0
         self.tokens = 0
 
     def add(self, batch: Batch, stats: Mapping[int, LayerStats]) -> None:
         """Add an evaluated batch."""
         # A decoder sees its answers, which may be more than a prompt.
         self.tokens += int(max(batch.valid.sum(), (batch.weights > 0).sum()))
+        self._batches += 1
         for layer, found in stats.items():
             row = self._row[layer]
             self._sums["mass"][row] += found.mass
             self._sums["top"][row] += found.top
             self._sums["g_log_g"][row] += found.g_log_g
+            self._sums["peak"][row] += found.peak
+            self._sums["high"][row] += found.high
             self._sums["output_norm"][row, list(self._resident[layer])] += found.output_norm
             self._missed[row] += found.missed
 
@@ -46,9 +50,15 @@ class RoutingSums:
             gave = np.where(np.isin(held, list(trained[layer])), counts.astype(np.float64), 0)
             self._sums["trained_tokens"][self._row[layer], held] += gave
 
+    def add_taylor(self, changes: Mapping[int, NDArray[np.float32]]) -> None:
+        """Add `TrainSession.taylor` of a training step."""
+        for layer, values in changes.items():
+            self._sums["taylor"][self._row[layer], list(self._resident[layer])] += values
+
     def arrays(self) -> FloatArrays:
         """float32 [L, E] each, named as in `protocol.update.STATS`."""
-        return {name: value.astype(np.float32) for name, value in self._sums.items()}
+        means = {name: self._sums[name] / max(self._batches, 1) for name in ("peak", "high")}
+        return {name: value.astype(np.float32) for name, value in (self._sums | means).items()}
 
     def shares(self) -> dict[int, NDArray[np.float64]]:
         """MoE layer -> [P], the residents' share of the router's mass on them; uniform where nothing was measured."""

@@ -29,30 +29,53 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Moved(nn.Module):  # type: ignore[misc]
-    """A frozen router plus a trained change, [P, d]."""
+    """A frozen router plus a trained change, [P, d]; of the slots `kept` only, where these are given."""
 
     def __init__(self, rows: int, hidden: int) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(rows, hidden))
+        self.kept: torch.Tensor | None = None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The moved rows."""
-        return weight + self.delta
+        moved = weight + self.delta
+        return moved if self.kept is None else moved[self.kept]
 
 
 @dataclass
 class MoeBlock:
     """The parts of one MoE layer: where tokens are routed, what to, and the wrapper PEFT put around that.
 
-    `factors` is projection -> PEFT's (lora_A.weight [P * R, in], lora_B.weight [out, R * P]).
+    `factors` is projection -> PEFT's (lora_A.weight [P * R, in], lora_B.weight [out, R * P]). `bias` and `group` are
+    the further rows of the residents' router, for families that have them.
     """
 
     gate: nn.Module
     experts: nn.Module
     outer: nn.Module
-    delta: nn.Parameter
+    moved: Moved
+    scale: nn.Parameter  # [1], on the experts' output
     factors: dict[str, tuple[nn.Parameter, nn.Parameter]]
     router_all: NDArray[np.float32]
+    bias: torch.Tensor | None
+    group: torch.Tensor | None
+
+    @property
+    def delta(self) -> nn.Parameter:
+        """Change of the router rows, [P, d]."""
+        return self.moved.delta
+
+    def restrict(self, kept: torch.Tensor | None) -> None:
+        """Let the router see these slots only, numbered anew, as it sees only the residents of all experts; None: all."""
+        whole = torch.arange(len(self.delta))
+        ids = whole if kept is None else kept
+        self.moved.kept = kept
+        self.gate.num_experts = len(ids)
+        if isinstance(self.gate, GroupedRouter):
+            assert self.group is not None
+            self.gate.rows(self.group[ids], None if self.bias is None else self.bias[ids])
+        elif self.bias is not None:
+            self.gate.e_score_correction_bias = self.bias[ids]
 
 
 @dataclass
@@ -66,11 +89,12 @@ class SubMoe:
     shape: Shape
     moe_layers: tuple[int, ...]
     sigmoid: bool  # the router's probabilities are sigmoids, not a softmax
+    renormalise: bool  # the weights of a token's experts always have the same sum
 
     def trained(self) -> list[nn.Parameter]:
         """Everything that a step may change."""
         factors = [p for b in self.blocks.values() for pair in b.factors.values() for p in pair]
-        return factors + [block.delta for block in self.blocks.values()]
+        return factors + [p for block in self.blocks.values() for p in (block.delta, block.scale)]
 
     def views(self, array: Callable[[nn.Parameter], NDArray[np.float32]]) -> FloatArrays:
         """Global names -> views of what `array` gives of the parameters, the value or the gradient.
@@ -93,6 +117,7 @@ class SubMoe:
             rows = array(block.delta)
             for p, expert in enumerate(self.resident[layer]):
                 found[names.router_row(layer, expert)] = rows[p]
+            found[names.output_scale(layer)] = array(block.scale)
         return found
 
     def probabilities(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -100,7 +125,10 @@ class SubMoe:
         block = self.blocks[layer]
         full = torch.from_numpy(block.router_all.copy())
         full[list(self.resident[layer])] += block.delta.detach()
-        logits = hidden @ full.T
+        return self.distribution(hidden @ full.T)
+
+    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        """Router logits as shares that sum to 1."""
         if self.sigmoid:
             score = logits.sigmoid()
             return score / score.sum(-1, keepdim=True)
@@ -183,20 +211,30 @@ def build(
         for pair in factors.values():
             for parameter in pair:
                 parameter.data.zero_()
-        full = routers[layer]["weight"].numpy()
-        blocks[layer] = MoeBlock(gate, experts, outer, moved.delta, factors, full)
+        ids, router = list(resident[layer]), routers[layer]
+        extra = [router[name][ids] if name in router else None for name in ("bias", "group")]
+        full, scale = router["weight"].numpy(), nn.Parameter(torch.ones(1))
+        blocks[layer] = MoeBlock(gate, experts, outer, moved, scale, factors, full, *extra)
         if quantise is not None:
             quantise(experts, outer)
-    scale = getattr(model.config, "logits_scaling", 1.0)
+    scaling = getattr(model.config, "logits_scaling", 1.0)
     return SubMoe(
         model.model,
-        lambda hidden: model.lm_head(hidden) / scale,
+        lambda hidden: model.lm_head(hidden) / scaling,
         blocks,
         resident,
         shape,
         base.moe_layers,
         base.model_type == "deepseek_v3",
+        _renormalises(base),
     )
+
+
+def _renormalises(base: BaseIndex) -> bool:
+    """Whether transformers divides a token's weights by their sum; DeepSeek-V2 has the key and does not heed it."""
+    if base.model_type in ("mixtral", "granitemoe"):
+        return True
+    return bool(base.config.get("norm_topk_prob")) and base.model_type != "deepseek_v2"
 
 
 def _skeleton(base: BaseIndex) -> nn.Module:

@@ -209,6 +209,7 @@ def train(
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise TrainingError(f"step {len(losses) + 1}: loss {loss}, gradient norm {norm}")
         sums.add_routed(routed, job.trained)
+        sums.add_taylor(session.taylor())
         if targets is not None:
             targets.follow(routed)
         losses.append(loss)

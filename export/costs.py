@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from export import families, seq2seq_costs
+from export import families, local_objective, seq2seq_costs
 from export.families.family import Family
 from export.train_graph import dense_names, skeleton
 from protocol import packing
@@ -125,9 +125,10 @@ def adapter_floats(base: BaseIndex, rank: int) -> int:
 
 
 def slot_memory(base: BaseIndex, slot: Slot) -> int:
-    """Peak bytes of one more slot: frozen weights, router row; value, gradient and moments of what is trained."""
+    """Peak bytes of one more slot: frozen weights, router row, its balance target; value, gradient and moments of what
+    is trained."""
     trained = adapter_floats(base, slot.rank) + base.hidden
-    return frozen_bytes(base, slot.format) + FLOAT * (base.hidden + 4 * trained)
+    return frozen_bytes(base, slot.format) + FLOAT * (base.hidden + 1 + 4 * trained)
 
 
 def slot_flash(base: BaseIndex, slot: Slot) -> int:
@@ -158,16 +159,17 @@ def inputs_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     """Bytes of a training program's inputs other than the adapter; `Program.inputs` once it is lowered."""
     batch = shape.batch * shape.sequence * 12 + shape.batch * shape.answers * 20
     slots = [slot for layer in shape.slots for slot in layer]
-    rows = FLOAT * base.hidden * len(slots)
-    return (
-        batch + dense.bytes(shape.dense) + rows + sum(frozen_bytes(base, s.format) for s in slots)
-    )
+    rows = FLOAT * (base.hidden + 1) * len(slots)  # router rows, and the target of their balance
+    terms = FLOAT * len(local_objective.INPUTS)
+    frozen = sum(frozen_bytes(base, s.format) for s in slots)
+    return batch + terms + dense.bytes(shape.dense) + rows + frozen
 
 
 def parameter_floats(base: BaseIndex, shape: Shape) -> int:
-    """Numbers of the resident experts' adapter, router rows and all."""
+    """Numbers of the resident experts' adapter, router rows and output scales and all."""
     slots = [slot for layer in shape.slots for slot in layer]
-    return adapter_floats(base, sum(slot.rank for slot in slots)) + len(slots) * base.hidden
+    factors = adapter_floats(base, sum(slot.rank for slot in slots))
+    return factors + len(slots) * base.hidden + len(shape.slots)
 
 
 def largest_factor(base: BaseIndex, shape: Shape) -> int:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram, export
 from torch.func import functional_call
 from transformers import AttentionInterface
 
-from export import graph_passes
+from export import graph_passes, local_objective
 from export.families.family import Family, FamilyError
 from export.train_graph import SubModel, example
 from protocol.manifest import BaseIndex, Shape, TensorSpec
@@ -74,7 +74,9 @@ class DecodeModel(nn.Module):
                 module.__dict__["wires"] = self.wires
         self.base, self.shape, self.chunk, self.context = base, shape, chunk, context
         self.adapter = sub.adapter
-        weights = [spec for spec in sub.specs if spec.name not in BATCH_INPUTS]
+        training = (s.name for s in sub.specs if local_objective.is_input(s.name))
+        apart = {*BATCH_INPUTS, *training}
+        weights = [spec for spec in sub.specs if spec.name not in apart]
         self.specs = [
             TensorSpec(name="tokens", shape=(1, chunk), dtype="int64"),
             TensorSpec(name="start", shape=(1,), dtype="int64"),

@@ -42,6 +42,7 @@ def _source_hash() -> str:
     folder = Path(__file__).parent
     named = (
         "train_graph",
+        "local_objective",
         "seq2seq",
         "routed_experts",
         "adapter_experts",

@@ -10,21 +10,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from export import graph_passes, ops, seq2seq
+from export import graph_passes, local_objective, ops, seq2seq
 from export.families.family import Family
 from export.packed_modules import replace_packed
 from export.routed_experts import RoutedExperts
 from protocol import packing
 from protocol.manifest import BaseIndex, Shape, Slot, TensorSpec
 
-STATISTICS = ("mass", "top", "g_log_g", "missed", "output_norm")
+STATISTICS = ("mass", "top", "g_log_g", "missed", "output_norm", "peak", "high")
+OF_STEP = ("routed", "kept", "taylor")
 
 
 def skeleton(base: BaseIndex) -> nn.Module:
@@ -102,17 +102,26 @@ class SubModel(nn.Module):
         with torch.enable_grad():
             for spec in self.adapter:
                 given[spec.name] = given[spec.name].detach().requires_grad_(True)
-            loss = self._loss(given)
-            routed = [part.seen["routed"] for part in self.parts.values()]
-            trained = [given[spec.name] for spec in self.adapter]
-            gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
-        return loss.detach(), *(r.detach() for r in routed), *gradients
+            loss, objective = self._losses(given)
+            parts = list(self.parts.values())
+            penalty = torch.stack([part.seen["penalty"] for part in parts]).sum() / len(parts)
+            objective = objective + penalty
+            wanted = [given[spec.name] for spec in self.adapter]
+            wanted += [part.seen["weight"] for part in parts]
+            found = torch.autograd.grad(objective, wanted, materialize_grads=True)
+            gradients, of_weights = found[: len(self.adapter)], found[len(self.adapter) :]
+        seen = []
+        for part, gradient in zip(parts, of_weights, strict=True):
+            seen += [part.seen["routed"].detach(), part.seen["kept"]]
+            seen.append(part.removal_change(gradient))
+        return loss, *seen, *gradients
 
     def bind(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Hand the inputs to the stand-ins; returns the dense tensors that stay parameters of the model."""
         for layer, part in self.parts.items():
             prefix = f"layers.{layer}."
             own = {n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)}
+            own |= {n: t for n, t in given.items() if n.startswith("objective.")}
             if self.seq2seq:
                 own["valid"] = seq2seq.valid_tokens(layer, given, self.base.config)
             elif "valid" in given:
@@ -154,14 +163,11 @@ class SubModel(nn.Module):
         pick = (given["positions"].reshape(-1, 1) == places).to(flat.dtype)  # [B*K, B*S]
         return torch.mm(pick, flat)
 
-    def _loss(self, given: dict[str, Tensor]) -> Tensor:
-        logits = self._logits(given)
-        target = (given["targets"].reshape(-1, 1) == torch.arange(logits.shape[-1])).to(
-            logits.dtype
-        )
-        nll = -(F.log_softmax(logits, -1) * target).sum(-1, keepdim=True)
-        share = given["weights"].reshape(-1, 1)
-        return (nll * share).sum() / share.sum().clamp(min=1e-9)
+    def _losses(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Plain, for the report, and smoothed, which has the gradient."""
+        targets, weights = given["targets"].reshape(-1, 1), given["weights"].reshape(-1, 1)
+        smoothing = given["objective.label_smoothing"]
+        return local_objective.answer_losses(self._logits(given), targets, weights, smoothing)
 
     def _evaluate(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         logits = self._logits(given).reshape(self.shape.batch, self.shape.answers, -1)
@@ -171,12 +177,12 @@ class SubModel(nn.Module):
         """What `forward` returns, by name."""
         if self.evaluate:
             return ("logits", *(f"layers.{layer}.{s}" for layer in self.parts for s in STATISTICS))
-        routed = (f"layers.{layer}.routed" for layer in self.parts)
-        return ("loss", *routed, *(f"grad.{spec.name}" for spec in self.adapter))
+        seen = (f"layers.{layer}.{s}" for layer in self.parts for s in OF_STEP)
+        return ("loss", *seen, *(f"grad.{spec.name}" for spec in self.adapter))
 
 
 def adapter_specs(base: BaseIndex, shape: Shape) -> list[TensorSpec]:
-    """The trained arrays of a shape: flat factors per projection, and router rows."""
+    """The trained arrays of a shape: flat factors per projection, router rows and the output scale."""
     specs = []
     for layer, slots in zip(base.moe_layers, shape.slots, strict=True):
         rank = sum(slot.rank for slot in slots)
@@ -187,6 +193,7 @@ def adapter_specs(base: BaseIndex, shape: Shape) -> list[TensorSpec]:
                 (f"layers.{layer}.{projection}.b", (rank * out,)),
             ]
         specs.append((f"layers.{layer}.router", (len(slots), base.hidden)))
+        specs.append((f"layers.{layer}.output_scale", (1,)))
     return [TensorSpec(name=n, shape=s, dtype="float32") for n, s in specs]
 
 
@@ -216,6 +223,7 @@ def _input_specs(
         TensorSpec(name="targets", shape=asked, dtype="int64"),
         TensorSpec(name="weights", shape=asked, dtype="float32"),
     ]
+    specs += [] if evaluate else local_objective.specs()
     for name, size in dense.items():
         if packing.packs(size):
             specs += packed_specs(f"dense.{name}", [shape.dense], *size)
@@ -238,6 +246,8 @@ def _layer_specs(
             ("router_all", (base.num_experts, base.hidden)),
             ("resident", (base.num_experts,)),
         ]
+    else:
+        floats.append((local_objective.TARGET, (len(slots),)))
     specs = [TensorSpec(name=prefix + n, shape=s, dtype="float32") for n, s in floats]
     formats = [slot.format for slot in slots if slot.format != "none"]
     for projection in base.projections:

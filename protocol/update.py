@@ -22,11 +22,28 @@ from numpy.typing import NDArray
 from protocol import schema
 from protocol.tensors import TensorError, Tensors, decode, encode
 
-STATS = ("mass", "top", "g_log_g", "output_norm", "trained_tokens")
-"""Sums over the device's tokens, each [L, E]:
-mass: full router probability; top: the same where the expert is in the full top-k; g_log_g: sum of g ln g;
+STATS = (
+    "mass",
+    "top",
+    "g_log_g",
+    "output_norm",
+    "trained_tokens",
+    "peak",
+    "high",
+    "taylor",
+    "label_information",
+)
+"""Each [L, E]. Sums over the device's tokens:
+mass: full router probability g; top: the same where the expert is in the full top-k; g_log_g: sum of g ln g;
 output_norm: routed weight * norm of the expert's output (0 where not resident); trained_tokens: routed tokens that
-gave a gradient (0 where not trained)."""
+gave a gradient (0 where not trained); taylor: over training tokens, |first-order change of the objective if the expert
+were removed| (0 where not resident): with w the token's routing weight and dw its gradient |w dw|, or where the family
+renormalises two or more weights |w_e / (1 - w_e) (sum_j w_j dw_j - dw_e)|.
+Means over the device's evaluated batches, of T tokens each with padding, in [0, 1]:
+peak: the largest g of the batch (HFedMoE, arXiv 2601.00583); high: the ceil(T / 100)-th largest, a 0.99 quantile that
+does not grow with the batch, 0 where a batch has fewer valid tokens.
+label_information: the device's estimate of the expert's share of I(E; Y) in nats, corrected for bias, 0 without labels;
+the label counts behind it never leave the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,9 +200,16 @@ def _check_stats(
     base: BaseIndex,
     most: int,
 ) -> None:
-    for name in ("mass", "top", "output_norm", "trained_tokens"):
+    for name in ("mass", "top", "output_norm", "trained_tokens", "peak", "high", "taylor"):
         if (stats[name] < 0).any():
             raise UpdateRejected(f"stats.{name}: negative")
+    if (stats["peak"] > SLACK).any():
+        raise UpdateRejected("stats.peak: a probability above 1")
+    if (stats["high"] > stats["peak"] * SLACK).any():
+        raise UpdateRejected("stats.high: above stats.peak")
+    # The experts' shares sum to I(E; Y), which is at most the entropy of the experts. A correction may go below 0.
+    if (stats["label_information"] > SLACK * np.log(base.num_experts) + 1e-6).any():
+        raise UpdateRejected("stats.label_information: more than the experts can tell")
     if (stats["g_log_g"] > 1e-3).any():
         raise UpdateRejected("stats.g_log_g: positive")
     if (stats["mass"].sum(-1) > facts.tokens * SLACK + 1).any():
@@ -214,3 +221,8 @@ def _check_stats(
         trained[base.moe_layers.index(int(layer)), list(experts)] = True
     if (stats["trained_tokens"][~trained] > 0).any():
         raise UpdateRejected("stats.trained_tokens: tokens for an expert that was not trained")
+    resident = np.zeros_like(trained)
+    for layer, experts in lease.resident.items():
+        resident[base.moe_layers.index(int(layer)), list(experts)] = True
+    if (stats["taylor"][~resident] > 0).any():
+        raise UpdateRejected("stats.taylor: of an expert that was not resident")

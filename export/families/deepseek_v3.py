@@ -40,6 +40,7 @@ FAMILY = dataclasses.replace(
     model_type="deepseek_v3",
     router_extra={"bias": BIAS},
     route=route,
+    renormalises=lambda config: bool(config["norm_topk_prob"]),
     probabilities=probabilities,
     peft=dataclasses.replace(
         deepseek_v2.FAMILY.peft,

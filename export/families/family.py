@@ -80,6 +80,7 @@ class Family:
     block : path of the sparse block inside the model, which `RoutedExperts` replaces
     route : (logits [T, P], rows of `router_extra` [P, ...], config) -> weights and slots of a token's experts [T, k].
         Absent experts are not there: they are masked out
+    renormalises : whether `route` divides a token's k weights by their sum
     probabilities : (logits [T, E], config) -> the router's distribution g, rows sum to 1, for statistics
     shared : (the original block, hidden [B, S, d]) -> what every token gets beside its experts, or None. Its parameters
         are dense: always resident
@@ -103,6 +104,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     router_extra: dict[str, str] = field(default_factory=dict)
     router_made: Callable[[Config], dict[str, Tensor]] = lambda config: {}
+    renormalises: Callable[[Config], bool] = lambda config: False
     probabilities: Callable[[Tensor, Config], Tensor] = lambda logits, config: F.softmax(logits, -1)
     shared: Callable[[nn.Module, Tensor], Tensor] | None = None
     activation: Callable[[Config], str] = lambda config: config["hidden_act"]

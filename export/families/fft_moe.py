@@ -66,6 +66,7 @@ def family(config: Config) -> Family:
         intermediate=lambda config: int(config["intermediate_size"]),
         moe_layers=every_layer,
         route=softmax_top_k(lambda config: int(config[TOP_K]), lambda config: True),
+        renormalises=lambda config: True,
         # The frozen block itself is what every token gets.
         shared=lambda block, hidden: block(hidden),
         activation=lambda config: "silu",

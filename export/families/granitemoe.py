@@ -22,6 +22,7 @@ FAMILY = Family(
     moe_layers=every_layer,
     # A softmax over the k largest logits is the softmax over all, renormalised.
     route=softmax_top_k(TOP_K, lambda config: True),
+    renormalises=lambda config: True,
     logits=lambda logits, config: logits / config["logits_scaling"],
     peft=peft_layout(
         experts=f"{BLOCK}.experts",

@@ -26,6 +26,7 @@ FAMILY = Family(
     intermediate=key("intermediate_size"),
     moe_layers=every_layer,
     route=softmax_top_k(TOP_K, lambda config: True),
+    renormalises=lambda config: True,
     peft=peft_layout(
         experts=f"{BLOCK}.experts",
         router=f"{BLOCK}.gate.weight",

@@ -24,6 +24,7 @@ FAMILY = Family(
     intermediate=key("intermediate_size"),
     moe_layers=every_layer,
     route=softmax_top_k(TOP_K, key("norm_topk_prob")),
+    renormalises=key("norm_topk_prob"),
     peft=peft_layout(
         experts=f"{BLOCK}.experts",
         router=f"{BLOCK}.gate.weight",

@@ -33,6 +33,7 @@ FAMILY = Family(
     intermediate=key("moe_intermediate_size"),
     moe_layers=every_nth_layer,
     route=softmax_top_k(TOP_K, key("norm_topk_prob")),
+    renormalises=key("norm_topk_prob"),
     shared=shared,
     peft=peft_layout(
         experts=f"{BLOCK}.experts",

@@ -5,7 +5,7 @@ import pytest
 
 from edge import session, slots
 from edge.data import Row, prompter
-from protocol import lora
+from protocol import lora, names
 from protocol.messages import Task
 
 RESIDENT = {0: (5, 0, 3, 2), 1: (4, 1, 2)}
@@ -48,7 +48,8 @@ def test_gradients_are_those_of_the_loss(artifact, batch, backend):
     opened = backend.open_train(artifact, RESIDENT)
     opened.load(wanted)
     parameters = opened.parameters()
-    shapes = {n: v.shape for n, v in wanted.items()}
+    scales = {names.output_scale(layer): (1,) for layer in RESIDENT}
+    shapes = {n: v.shape for n, v in wanted.items()} | scales
     assert {n: v.shape for n, v in parameters.items()} == shapes
     _, routed = opened.forward_backward(batch)
     gradients = {n: v.copy() for n, v in opened.gradients().items()}

@@ -26,6 +26,7 @@ def flat_arrays(base, shape):
                 arrays[f"layers.{layer}.{projection}.{letter}"] = count
         rows = np.arange(len(kinds) * base.hidden, dtype=np.float32)
         arrays[f"layers.{layer}.router"] = rows.reshape(len(kinds), base.hidden)
+        arrays[f"layers.{layer}.output_scale"] = np.ones(1, np.float32)
     return arrays
 
 
@@ -37,7 +38,9 @@ def test_views_are_the_slots_parts_of_the_flat_arrays(artifact):
     base, shape = artifact.base, artifact.manifest.shape
     arrays = flat_arrays(base, shape)
     seen = slots.views(arrays, base, shape, RESIDENT)
-    assert {n: v.shape for n, v in seen.items()} == slots.adapter_shapes(base, shape, RESIDENT)
+    scales = {names.output_scale(layer): (1,) for layer in RESIDENT}  # no part of an adapter
+    wanted = slots.adapter_shapes(base, shape, RESIDENT) | scales
+    assert {n: v.shape for n, v in seen.items()} == wanted
     # Ranks of layer 0 are 4, 4, 2, 0: expert 3 sits in the third slot, after 8 rows of 64 (down's input).
     down = seen["layers.0.experts.3.down.lora_A"]
     assert down.shape == (2, 64)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import families
+from export import families, local_objective
 from export.routed_experts import RoutedExperts
 from protocol.manifest import Slot
 from tests.export.operands import Layer
@@ -37,12 +37,19 @@ def given_of(router, delta, valid, tensors, *, statistics=False):
     names = [f"{p}.{part}" for p in ("gate_up", "down") for part in ("packed", "scale")]
     names += [f"{p}.{part}" for p in ("gate_up", "down") for part in ("a", "b")]
     rows = {"router_rows": router[RESIDENT], "router": delta, "valid": valid}
+    rows["output_scale"] = torch.ones(1)
     if statistics:
         whole = router.clone()
         whole[RESIDENT] += delta
         there = torch.zeros(6)
         there[RESIDENT] = 1
         rows |= {"router_all": whole, "resident": there}
+    else:
+        every = {"objective.cap": 99, "objective.active": 99}
+        for name in local_objective.INPUTS:
+            key = f"objective.{name}"
+            rows[key] = torch.tensor([float(every.get(key, 0))])
+        rows["target"] = torch.full((3,), 1 / 3)
     return rows | dict(zip(names, tensors, strict=True))
 
 
@@ -92,6 +99,9 @@ def test_statistics_by_hand():
     # The full router's two best: experts 4 and 2, then 0 and 1.
     np.testing.assert_allclose(seen["top"], [0.3, 0.25, 0.2, 0, 0.4, 0], atol=1e-6)
     np.testing.assert_allclose(seen["g_log_g"], (shares * np.log(shares)).sum(0), rtol=1e-5)
+    # Three tokens of padding and all: the first of a hundred is the largest.
+    np.testing.assert_allclose(seen["peak"], shares.max(0), rtol=1e-5)
+    np.testing.assert_allclose(seen["high"], shares.max(0), rtol=1e-5)
     # Residents 4, 0, 3 have 0.4 + 0.1 + 0.1 of the first token, 0.05 + 0.3 + 0.2 of the second.
     assert seen["missed"].item() == pytest.approx(0.4 + 0.45, abs=1e-5)
     # Among the residents: token 0 goes to slots 0 and 1 or 2 (a tie), token 1 to slots 1 and 2 with 0.6 and 0.4.

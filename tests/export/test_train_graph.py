@@ -10,10 +10,10 @@ from torch.func import functional_call
 from transformers import OlmoeForCausalLM
 
 from edge import native, slots
-from export import families
+from export import families, local_objective
 from export.to_executorch import lower
 from export.train_graph import STATISTICS, SubModel, adapter_specs, capture
-from protocol import lora, packing, tensors
+from protocol import lora, names, packing, tensors
 from protocol.manifest import Slot
 from tests.export.families import setting, tiny
 
@@ -147,7 +147,7 @@ def test_loss_and_gradients_are_those_of_autograd(artifact, adapter, batch):
     wanted = torch.autograd.grad(loss, list(cut.adapter.values()))
     flat = {n.removeprefix("grad."): v for n, v in found.items() if n.startswith("grad.")}
     gradients = slots.views(flat, artifact.base, artifact.manifest.shape, RESIDENT)
-    assert gradients.keys() == adapter.keys()
+    assert gradients.keys() == adapter.keys() | {names.output_scale(layer) for layer in RESIDENT}
     for name, value in zip(cut.adapter, wanted, strict=True):
         np.testing.assert_allclose(
             gradients[name], value.numpy(), atol=1e-5, rtol=1e-3, err_msg=name
@@ -186,11 +186,13 @@ def test_inputs_and_outputs_are_as_the_manifest_says(artifact):
     assert train.names[:5] == ["tokens", "valid", "positions", "targets", "weights"]
     adapter = [s.name for s in adapter_specs(base, shape)]
     assert train.names[-len(adapter) :] == evaluate.names[-len(adapter) :] == adapter
-    routed = [f"layers.{layer}.routed" for layer in (0, 1)]
-    assert train.output_names() == ("loss", *routed, *(f"grad.{name}" for name in adapter))
+    assert train.names[5:12] == [f"objective.{name}" for name in local_objective.INPUTS]
+    seen = [f"layers.{layer}.{s}" for layer in (0, 1) for s in ("routed", "kept", "taylor")]
+    assert train.output_names() == ("loss", *seen, *(f"grad.{name}" for name in adapter))
     statistics = [f"layers.{layer}.{s}" for layer in (0, 1) for s in STATISTICS]
     assert evaluate.output_names() == ("logits", *statistics)
     specs = {s.name: s for s in train.specs}
+    assert specs["layers.1.target"].shape == (4,)
     assert specs["layers.1.gate_up.a"].shape == ((4 + 4 + 2) * 64,)
     assert specs["layers.1.down.b"].shape == ((4 + 4 + 2) * 64,)
     wide, narrow = 64 * 64, 64 * 64 // 2  # of gate_up, [2 * 32, 64]

@@ -171,7 +171,7 @@ def test_an_index_larger_than_any_is_not_read(tmp_path):
 
 
 def test_another_protocol_is_said_first(good):
-    with pytest.raises(ManifestError, match="protocol 1 found, 2 wanted"):
+    with pytest.raises(ManifestError, match="protocol 1 found, 3 wanted"):
         parse_base({"protocol": 1, "something": "else"}, "base")
 
 

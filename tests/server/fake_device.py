@@ -76,12 +76,15 @@ def made_up_stats(lease: Lease, base: BaseIndex, tokens: int, seed: int) -> dict
         "mass": g.sum(1),
         "top": (g * top).sum(1),
         "g_log_g": (g * np.log(np.maximum(g, 1e-30))).sum(1),
-        "output_norm": np.zeros((layers, experts)),
-        "trained_tokens": np.zeros((layers, experts)),
+        **{n: np.zeros((layers, experts)) for n in ("output_norm", "trained_tokens", "taylor")},
+        "peak": g.max(1),
+        "high": np.sort(g, 1)[:, -2],
+        "label_information": np.zeros((layers, experts)),
     }
     for i, layer in enumerate(base.moe_layers):
         held, trained = list(lease.resident[str(layer)]), list(lease.trained.get(str(layer), ()))
         stats["output_norm"][i, held] = stats["top"][i, held] * rng.uniform(0.5, 2)
+        stats["taylor"][i, held] = stats["top"][i, held]
         stats["trained_tokens"][i, trained] = rng.integers(1, 20, len(trained))
     return {k: v.astype(np.float32) for k, v in stats.items()}
 

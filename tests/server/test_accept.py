@@ -86,6 +86,26 @@ def elsewhere(t, s):
     s["trained_tokens"][1, 3] = 1
 
 
+def certain(t, s):
+    s["peak"][0, 0] = 1.1
+
+
+def inverted(t, s):
+    s["peak"][0, 0], s["high"][0, 0] = 0.5, 0.6
+
+
+def backwards(t, s):
+    s["taylor"][0, 0] = -1
+
+
+def absent(t, s):
+    s["taylor"][0, 1] = 1  # not resident
+
+
+def telling(t, s):
+    s["label_information"][1, 0] = 2  # of 4 experts, ln 4 at most
+
+
 def small_stats(t, s):
     s["mass"] = s["mass"][:1]
 
@@ -102,6 +122,11 @@ CASES = {
     invented: "more than the 64 tokens",
     greedy: "more than the 64 tokens of the lease",
     elsewhere: "an expert that was not trained",
+    certain: "stats.peak: a probability above 1",
+    inverted: "stats.high: above stats.peak",
+    backwards: "stats.taylor: negative",
+    absent: "stats.taylor: of an expert that was not resident",
+    telling: "stats.label_information: more than the experts can tell",
     small_stats: r"mass: shape \(1, 4\) found",
 }
 

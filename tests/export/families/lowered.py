@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from edge import slots
-from edge.session import Artifact
+from edge.session import PLAIN, Artifact
+from edge.session_executorch import objective_inputs
 from export import families
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint
@@ -58,9 +59,10 @@ def eager(base, family, store, shape, resident, batch, adapter, *, evaluate):
     given |= slots.resident_inputs(base.num_experts, resident)
     given |= slots.expert_inputs(base, shape, resident, read)
     given |= batch.inputs()
-    flat = {s.name: np.zeros(s.shape, np.float32) for s in model.adapter}
+    flat = slots.fresh(model.adapter)
     for name, view in slots.views(flat, base, shape, resident).items():
-        view[...] = adapter[name]
+        view[...] = adapter.get(name, 1.0)
+    given |= objective_inputs(PLAIN, resident)
     given |= flat
     for layer, ids in resident.items():
         rows = given[f"layers.{layer}.router_all"]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from edge import slots
-from edge.session import Artifact, Batch
+from edge.session import PLAIN, Artifact, Batch
+from edge.session_executorch import objective_inputs
 from export import families
 from export.blob_store import BlobStore
 from export.checkpoint import Checkpoint
@@ -151,9 +152,10 @@ def graph_inputs(
     given |= slots.resident_inputs(base.num_experts, resident)
     read = lambda blob: tensors.decode(artifact.path(blob).read_bytes())  # noqa: E731
     given |= slots.expert_inputs(base, shape, resident, read)
-    flat = {s.name: np.zeros(s.shape, np.float32) for s in adapter_specs(base, shape)}
+    flat = slots.fresh(adapter_specs(base, shape))
     for name, view in slots.views(flat, base, shape, resident).items():
-        view[...] = adapter[name]
+        view[...] = adapter.get(name, 1.0)
+    given |= objective_inputs(PLAIN, resident)
     for layer, ids in resident.items():
         name = f"layers.{layer}.router_all"
         given[name] = slots.with_deltas(given[name], flat[f"layers.{layer}.router"], ids)

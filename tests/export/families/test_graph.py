@@ -35,7 +35,7 @@ def test_gradients_in_the_runtime_are_those_of_autograd(base):
     loss, wanted, routed = compare.gradients("torch", artifact, resident, adapter)
     found_loss, found, found_routed = compare.gradients("executorch", artifact, resident, adapter)
     assert found_loss == pytest.approx(loss, abs=1e-4)
-    assert found.keys() == wanted.keys() == adapter.keys()
+    assert found.keys() == wanted.keys() >= adapter.keys()
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, rtol=1e-3, err_msg=name)
     assert max(np.abs(value).max() for value in wanted.values()) > 0.01

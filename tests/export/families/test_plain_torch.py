@@ -38,7 +38,7 @@ def test_it_is_the_graph(case):
     graph = lowered.eager(*case, evaluate=False)
     assert loss == pytest.approx(float(graph["loss"]), abs=1e-5)
     gradients = session.gradients()
-    assert set(gradients) == set(graph["gradients"]) == set(adapter)
+    assert set(gradients) == set(graph["gradients"]) > set(adapter)
     for name, value in graph["gradients"].items():
         np.testing.assert_allclose(gradients[name], value, atol=1e-5, err_msg=name)
     for layer, counts in routed.items():
@@ -48,7 +48,7 @@ def test_it_is_the_graph(case):
     graph = lowered.eager(*case, evaluate=True)
     np.testing.assert_allclose(logits, graph["logits"], atol=1e-4)
     for layer, found in stats.items():
-        for name in ("mass", "top", "g_log_g", "output_norm"):
+        for name in ("mass", "top", "g_log_g", "output_norm", "peak", "high"):
             wanted = graph[f"layers.{layer}.{name}"]
             np.testing.assert_allclose(getattr(found, name), wanted, atol=1e-3, err_msg=name)
         assert found.missed == pytest.approx(float(graph[f"layers.{layer}.missed"].sum()), abs=1e-3)

@@ -43,7 +43,7 @@ def trained(on_disk, resident, adapter, batch):
             for expert, count in zip(resident[layer], counts, strict=True):
                 tokens[layer, expert] = tokens.get((layer, expert), 0.0) + float(count)
     assert losses[-1] < losses[0]
-    found = {name: value.copy() for name, value in values.items()}
+    found = {name: values[name].copy() for name in held}  # output scales stay on the device
     session.close()
     return found, tokens
 
