@@ -32,7 +32,7 @@ from edge.session import (
 )
 from edge.submoe_torch import load_dense, read_blob, router_of, unpacked
 from protocol import lora, names, packing
-from protocol.manifest import BaseIndex, Shape, Slot
+from protocol.manifest import Shape, Slot
 
 MODEL_TYPES = ("mixtral", "olmoe", "qwen3_moe")
 """Families whose sparse block is a softmax router and gated SiLU experts, and nothing else."""
@@ -148,6 +148,7 @@ class Run:
     terms: Terms
     train: bool
     statistics: bool
+    rare: int  # one token in a hundred of the program's batch
     answers: Tensor | None  # places [B * K] whose output counts, for the last block; None: all
 
 
@@ -190,12 +191,12 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
             weight = weight / weight.sum(-1, keepdim=True)
         self.seen = Seen()
         if run.train:
-            self.seen.routed = self._routed(slot, run.valid)
+            self.seen.routed = self._routed(weight.detach(), slot, run.valid)
             self.seen.loss = self._router_loss(logits, g, run)
         chosen = run.answers if self.last and not run.statistics else None
         y = self._experts(x, weight, slot, chosen, (up_a, up_b, down_a, down_b)) * scale
         if run.statistics:
-            self.seen.stats = self._statistics(x, weight, slot, run.valid)
+            self.seen.stats = self._statistics(x, weight, slot, run)
         return y.view(hidden.shape)
 
     def _experts(
@@ -234,8 +235,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         self.kept = kept
         return logits
 
-    def _routed(self, slot: Tensor, valid: Tensor) -> Tensor:
-        places = valid[:, None].expand(-1, slot.shape[1]).reshape(-1)
+    def _routed(self, weight: Tensor, slot: Tensor, valid: Tensor) -> Tensor:
+        places = ((weight > 0) * valid[:, None]).reshape(-1)
         return torch.zeros(len(self.ids)).index_add_(0, slot.reshape(-1), places)
 
     def _router_loss(self, logits: Tensor, g: Tensor, run: Run) -> Tensor | None:
@@ -262,7 +263,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
             loss = loss + terms.z_loss * (z * valid).sum() / tokens
         return loss
 
-    def _statistics(self, x: Tensor, weight: Tensor, slot: Tensor, valid: Tensor) -> LayerStats:
+    def _statistics(self, x: Tensor, weight: Tensor, slot: Tensor, run: Run) -> LayerStats:
+        valid = run.valid
         full = self.router.clone()
         full[self.ids] += self.parameters_[4].detach()
         g = (x @ full.t()).softmax(-1) * valid[:, None]
@@ -282,6 +284,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
             g_log_g=log.sum(0).numpy(),
             missed=float(valid.sum() - g[:, self.ids].sum()),
             output_norm=norms.numpy(),
+            peak=g.amax(0).numpy(),
+            high=g.topk(min(run.rare, len(g)), 0).values[-1].numpy(),
         )
 
     def _one(self, x: Tensor, p: int, factors: Sequence[Tensor]) -> Tensor:
@@ -413,7 +417,8 @@ class RoutedSession:
         places = torch.from_numpy(row * length + np.minimum(column, length - 1)).reshape(-1)
         unique, back = torch.unique(places, return_inverse=True)
         valid = torch.from_numpy(np.ascontiguousarray(batch.valid[:rows, :length])).reshape(-1)
-        run = Run(valid, terms, train, statistics, unique)
+        rare = math.ceil(batch.tokens.size / 100)
+        run = Run(valid, terms, train, statistics, rare, unique)
         for block in self.body.blocks.values():
             block.run = run
         tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens[:rows, :length]))
@@ -429,7 +434,7 @@ class RoutedSession:
     def free_run(self) -> None:
         """Let the model be called as it is: every place counts, nothing is noted down."""
         for block in self.body.blocks.values():
-            block.run = Run(torch.ones(1), PLAIN, False, False, None)
+            block.run = Run(torch.ones(1), PLAIN, False, False, 1, None)
 
     def forward_backward(
         self, batch: Batch, terms: Terms = PLAIN

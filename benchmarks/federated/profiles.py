@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 import device_profiles
 from benchmarks.federated import measure
 from benchmarks.federated.world import World
-from edge.data import evaluation_batches, first_by_hash
+from edge import trainer
+from edge.data import by_label, first_by_hash
 from edge.routed_torch import RoutedBackend
-from edge.statistics import RoutingSums
+from edge.statistics import LabelCounts, RoutingSums
 from export import work
 from protocol.manifest import Shape
 
@@ -50,11 +51,15 @@ def load_or_make(world: World, backend: RoutedBackend, cache: Path) -> dict[str,
         flat = {}
         for client in world.clients:
             rows = first_by_hash(world.rows(client, "train"), ROWS)
+            prompts = world.prompts_of(client)
+            known = 0 if prompts.verbaliser is None else len(prompts.verbaliser.labels)
             sums = RoutingSums(index.moe_layers, index.num_experts, everyone)
-            for batch in evaluation_batches(world.prompts, rows):
-                _, stats = session.evaluate(batch, session.parameters())
-                sums.add(batch, stats)
-            flat |= {f"{client.name}/{n}": np.asarray(v) for n, v in sums.arrays().items()}
+            counts = LabelCounts(index.moe_layers, index.num_experts, known)
+            batches = by_label(prompts, rows)
+            nobody = lambda: None  # noqa: E731
+            trainer.evaluate(session, session.parameters(), batches, None, nobody, sums, counts)
+            arrays = {**sums.arrays(), "label_information": counts.information()}
+            flat |= {f"{client.name}/{n}": np.asarray(v) for n, v in arrays.items()}
         return flat
 
     suite = world.suite
