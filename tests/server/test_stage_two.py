@@ -38,9 +38,8 @@ def test_a_plateau_shrinks_a_restart_forgets_nothing_and_no_gain_undoes_it(serve
         "--rounds", "4", "--min-devices", "3", "--min-updates", "3", "--structure", "freeze", "--patience", "1",
         "--similar", "2", "--head-room", "1",
     )  # fmt: skip
-    devices = [
-        fleet(server.device("a", patience=60)), fleet(server.device("b", patience=60)), fleet(server.device("c", "large")),
-    ]  # fmt: skip
+    kinds = {"a": "small", "b": "small", "c": "large"}
+    devices = [fleet(server.device(name, kind, patience=60)) for name, kind in kinds.items()]
     turn(0, *devices)
     first = turn(1, *devices)["c"]
     assert [len(first.trained[i]) for i in "01"] == [2, 3]
