@@ -58,7 +58,7 @@ class Experts(torch.autograd.Function):  # type: ignore[misc]
         down_a: Tensor,
         down_b: Tensor,
     ) -> Tensor:
-        """x [T, d], weight and slot [T, k], frozen ([P, 2f, d], [P, d, f]), factors [P, R, in] and [P, out, R] -> [T, d]."""
+        """x [T, d], weight, slot [T, k], frozen ([P, 2f, d], [P, d, f]), factors [P, R, in], [P, out, R] -> [T, d]."""
         k, slots = slot.shape[1], len(up_a)
         order = torch.argsort(slot.reshape(-1), stable=True)
         counts = torch.bincount(slot.reshape(-1), minlength=slots).tolist()

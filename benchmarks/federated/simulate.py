@@ -1,8 +1,8 @@
 """One run: N clients of one method in one process, with the very code of devices and server.
 
 Training and local objectives are `edge.trainer.work` over the fast torch backend; expert values, choice and aggregation
-are `server`'s; bytes are those of the messages' own codecs. What is not run here is the network. The lines that it yields
-are described in `benchmarks/federated/__init__.py`. Letters: L MoE layers, E experts.
+are `server`'s; bytes are those of the messages' own codecs. What is not run here is the network. The lines that it
+yields are described in `benchmarks/federated/__init__.py`. Letters: L MoE layers, E experts.
 """
 
 from __future__ import annotations
