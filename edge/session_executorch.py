@@ -157,7 +157,9 @@ class ExecuTorchTraining:
         self._gradients = self._open.views(flat)
         if terms.cap and terms.cap_where == "backward":
             for layer, ids in resident.items():
-                outside = [e for e, k in zip(ids, seen[f"layers.{layer}.kept"], strict=True) if not k]
+                outside = [
+                    e for e, k in zip(ids, seen[f"layers.{layer}.kept"], strict=True) if not k
+                ]
                 for name in slots.names_of({layer: tuple(outside)}, self._gradients):
                     self._gradients[name][...] = 0
         self._taylor = {layer: seen[f"layers.{layer}.taylor"].copy() for layer in resident}

@@ -206,5 +206,3 @@ def test_peak_and_high_by_hand():
     order = np.sort(g.numpy()[valid.numpy() > 0], 0)
     np.testing.assert_array_equal(found["peak"], order[-1])
     np.testing.assert_array_equal(found["high"], order[-2])
-
-

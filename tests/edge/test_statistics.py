@@ -51,7 +51,9 @@ def test_sums_land_on_global_experts():
 
 def test_a_decoder_with_more_answers_than_a_prompt_has_tokens():
     sums = RoutingSums((0,), 2, {0: (0,)})
-    nothing = LayerStats(*(np.ones(2, np.float32),) * 3, 1.0, np.ones(1, np.float32), *(np.ones(2, np.float32),) * 2)
+    nothing = LayerStats(
+        *(np.ones(2, np.float32),) * 3, 1.0, np.ones(1, np.float32), *(np.ones(2, np.float32),) * 2
+    )
     sums.add(batch([0], [[0] * 6], [[1] * 5 + [0]]), {0: nothing})
     assert sums.tokens == 5
     assert sums.missed_mass() == (0.5,)

@@ -63,7 +63,9 @@ class Fake:
     def evaluate(self, batch, adapter):
         stats = {
             layer: LayerStats(
-                *(np.ones(6, np.float32),) * 3, 1.0, np.ones(len(ids), np.float32),
+                *(np.ones(6, np.float32),) * 3,
+                1.0,
+                np.ones(len(ids), np.float32),
                 *(np.ones(6, np.float32),) * 2,
             )
             for layer, ids in RESIDENT.items()
