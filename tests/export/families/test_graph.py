@@ -10,7 +10,6 @@ from export import families
 from export.programs import lower_program
 from tests.export.families import compare, setting
 
-
 EVERY_TERM = Terms(
     label_smoothing=0.1, balance=0.3, target_balance=0.2, z_loss=0.05, cap=3, active=1
 )
