@@ -76,7 +76,7 @@ def measure(
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def greedy(session: RoutedSession, prompts: Prompter, rows: Sequence[Row]) -> list[str]:
-    """The likeliest answer of at most K tokens to each prompt, with a key-value cache; prompts are padded on the left."""
+    """The likeliest answer of at most K tokens to each prompt, with a cache; prompts are padded on the left."""
     end, model = prompts.end, session.body.model
     answers: list[str] = []
     for at in range(0, len(rows), 64):
