@@ -517,15 +517,16 @@ def _printed_score(g: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
 def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
     weight, slot = block.seen.weight, block.seen.slot
     total = torch.zeros(len(block.ids))
+    found: NDArray[np.float32] = total.numpy()  # the same memory
     if weight is None or weight.grad is None or slot is None:
-        return total.numpy()
+        return found
     w, dw = weight.detach(), weight.grad
     change = w * dw
     if block.renormalise and w.shape[1] > 1:
         all_ = change.sum(-1, keepdim=True)
         change = w / (1 - w).clamp_min(1e-6) * (all_ - dw)
     total.index_add_(0, slot.reshape(-1), change.abs().reshape(-1))
-    return total.numpy()
+    return found
 
 
 class RoutedBackend:

@@ -6,9 +6,9 @@
 A pretrained model has seen the news before it is fine-tuned on them, and knows what a question is; the reference base
 does not, and under strong label skew nothing learns from it. So it goes on, first with unlabelled text: AG News
 articles and XSum documents of the training files, never with a row of a test file; and with instruction tasks that
-the scoreboard does not use. Then (`--shown`) with a tenth of the training rows of the three tasks, answers and all, which no
-client has (`tasks.public`): it starts from some skill, as a real model does. That text is not free for redistribution:
-the model is made on the spot and does not ship.
+the scoreboard does not use. Then (`--shown`) with a tenth of the training rows of the three tasks, answers and all,
+which no client has (`tasks.public`): it starts from some skill, as a real model does. That text is not free for
+redistribution: the model is made on the spot and does not ship.
 """
 
 from __future__ import annotations
