@@ -16,7 +16,6 @@ from edge.balance_targets import Targets, evenness
 from edge.corrections import Control, pull_back
 from edge.data import Prompter, Row, by_label, evaluation_batches, training_batches
 from edge.session import (
-    PLAIN,
     Artifact,
     Backend,
     Batch,

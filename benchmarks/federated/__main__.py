@@ -1,8 +1,8 @@
 """Run a suite of the scoreboard: python -m benchmarks.federated --suite agnews-0.1 --data DIR --out runs
 
-Every run is one file of JSON lines, OUT/<suite>/<method>/<seed>.jsonl, written whole when it ends; what is there
-already is not run again, so a stopped sweep goes on where it was. `python -m benchmarks.federated.page --runs runs`
-makes tables, figures and a page of them.
+Every run is one file of JSON lines, OUT/<suite>/<method>/<seed>.jsonl, written whole when it ends; what is there is
+not run again, so a stopped sweep goes on where it was. `python -m benchmarks.federated.page --runs runs` makes tables,
+figures and a page of them.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def measure(
 ) -> Measured:
     """Score rows of one task under the adapter that the session has loaded.
 
-    Accuracy chooses the label whose first token is the likeliest of all labels'. F1 and ROUGE-2 are of greedy
-    answers of at most K tokens, and are left out without `generate`. `answer_loss` is nats per answer token. `bias` [V]
-    is what a device adds to the logits of the first answer token (`Objective.label_prior`).
+    Accuracy chooses the label whose first token is the likeliest of all labels'. F1 and ROUGE-2 are of greedy answers
+    of at most K tokens, and are left out without `generate`. `answer_loss` is nats per answer token. `bias` [V] is
+    what a device adds to the logits of the first answer token (`Objective.label_prior`).
     """
     nll, weight, right = 0.0, 0.0, []
     first = None

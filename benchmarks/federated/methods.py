@@ -74,7 +74,7 @@ MODULAR = Rules(
 OURS = Method(
     name="ours",
     coverage=0.5,
-    objective=Objective(z_loss=1e-3),
+    objective=Objective(z_loss=1e-3, label_prior=1.0),
     uplink="int8",
     downlink="float16",
 )
