@@ -189,9 +189,9 @@ class Run:
         objective = self.method.rules.objective(self.method.objective, round)
         if objective.cap_where == "backward" and objective.cap:
             objective = replace(objective, cap=self.world.slots_each(client))
-        if self.method.name.startswith("flame"):
-            few = self.world.budgets[client] < 0.25
-            objective = replace(objective, active=1 if few else 0)
+        below = self.method.active_below
+        if below and self.world.budgets[client] >= below:
+            objective = replace(objective, active=0)
         return objective
 
     def resident(self, chosen: list[list[int]]) -> Resident:
