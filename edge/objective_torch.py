@@ -167,4 +167,5 @@ def removal_change(routed: Routed, renormalise: bool) -> NDArray[np.float32]:
         change = torch.where(alone, change, weight * rest / others.masked_fill(alone, 1.0))
     spread = F.one_hot(routed.slot, routed.logits.shape[1]).double()
     counts = change.abs() * routed.valid.double()[:, None]
-    return (spread * counts[..., None]).sum((0, 1)).numpy().astype(np.float32)
+    found: NDArray[np.float32] = (spread * counts[..., None]).sum((0, 1)).float().numpy()
+    return found

@@ -1,7 +1,7 @@
-"""The terms of a device's local objective, written so that they can be exported; their weights are program inputs.
+"""The terms of a device's local objective in a form that can be exported; their weights are program inputs.
 
-One program serves every objective: a weight of 0 switches a term off, and what it then costs is small, because all of it
-is about [T, P] and not about hidden states. Names and meanings of the inputs: `protocol.manifest.Program`.
+One program serves every objective: a weight of 0 switches a term off, and what it then costs is small, because all of
+it is about [T, P] and not about hidden states. Names and meanings of the inputs: `protocol.manifest.Program`.
 
 Letters: T tokens that pass a layer, P slots, k experts per token, N answer positions, V vocabulary.
 """
