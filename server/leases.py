@@ -69,7 +69,7 @@ def select(
     known: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
     trained_mass: Floats | None,
-    former: Mapping[str, Lease],
+    former: Mapping[str, Chosen],
     base: BaseIndex,
     terms: Terms,
 ) -> dict[str, Chosen]:
@@ -77,8 +77,10 @@ def select(
 
     Parameters
     ----------
+    shapes : of the whole fleet, not of the round's devices alone: coverage counts the holders of an expert, and who is
+        not drawn today holds its experts still
     trained_mass : [L, E], see `coverage.faded`
-    former : device -> its last lease, as far as it had one: what it holds now
+    former : device -> what it holds now, see `holdings`
     """
     prior = np.asarray(base.routing_prior, np.float64)
     value = {device: known.get(device, prior) for device in shapes}
@@ -92,7 +94,7 @@ def select(
         # The last round only measures: every device holds what is best for itself.
         coverage=0.0 if command.work == "evaluate" else terms.coverage,
         seed=terms.seed,
-        former=holdings(former, base),
+        former=former,
         prior=prior,
         past=trained_mass,
     )

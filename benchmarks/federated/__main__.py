@@ -1,7 +1,7 @@
 """Run a suite of the scoreboard: python -m benchmarks.federated --suite agnews-0.1 --data DIR --out runs
 
-Every run is one file of JSON lines, OUT/<suite>/<method>/<seed>.jsonl, written whole when it ends; what is there already
-is not run again, so a stopped sweep goes on where it was. `python -m benchmarks.federated.page --runs runs` makes tables,
+Every run is one file of JSON lines, OUT/<suite>/<method>/<seed>.jsonl, written whole when it ends; what is there is
+not run again, so a stopped sweep goes on where it was. `python -m benchmarks.federated.page --runs runs` makes tables,
 figures and a page of them.
 """
 

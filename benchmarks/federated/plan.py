@@ -13,8 +13,8 @@ from benchmarks.federated.methods import METHODS, Method, methods_of
 from benchmarks.federated.suites import Suite
 
 RATES = (0.003, 0.01)
-TUNING_SEED = 100
-"""Seeds the worlds that hyper-parameters are tuned in; none of the reported ones."""
+TUNING_SEED, TUNING_ROUNDS = 100, 8
+"""The worlds that hyper-parameters are tuned in, none of the reported ones, and how long: half a run."""
 
 
 class PlanError(ValueError):
@@ -79,7 +79,12 @@ def tasks(
 def grid(names: Sequence[str], chosen: Sequence[str] | None) -> list[Task]:
     """Every method at every learning rate, one world per suite."""
     return [
-        Task(suites.SUITES[name], replace(method, learning_rate=rate), TUNING_SEED, tuning=True)
+        Task(
+            replace(suites.SUITES[name], rounds=TUNING_ROUNDS),
+            replace(method, learning_rate=rate),
+            TUNING_SEED,
+            tuning=True,
+        )
         for name in names
         for method in METHODS.values()
         if not chosen or method.name in chosen

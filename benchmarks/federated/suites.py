@@ -30,15 +30,15 @@ class Suite:
     alpha: float | None = None
     budget: float | None = None
     clients: int = 30
-    rounds: int = 20
+    rounds: int = 15
     per_round: int = 5
-    steps: int = 6
+    steps: int = 5
     batch: int = 16
     sequence: int = 32
     answers: int = 2
     rows_each: int | None = 200
     held_back: int = 32
-    validation: int = 400
+    validation: int = 320
     test: int = 1000
     failures: float = 0.0
 
