@@ -96,8 +96,8 @@ def label_bias(
 ) -> NDArray[np.float32] | None:
     """What `Objective.label_prior` adds to the logits of the labels' first tokens, [V]; None without labels.
 
-    Half a row more of each label than there are, so that a label that the device has never seen gets a finite share. `vocabulary` is the
-    base's: that of its tokenizer may be smaller.
+    Half a row more of each label than there are, so that a label that the device has never seen gets a finite share.
+    `vocabulary` is the base's: that of its tokenizer may be smaller.
     """
     verbaliser = prompts.verbaliser
     if verbaliser is None or not tau:
