@@ -46,6 +46,15 @@ class Routed:
         return (places.sum(1) * self.valid[:, None]).sum(0)
 
 
+def with_bias(logits: torch.Tensor, terms: Terms, answers: int) -> torch.Tensor:
+    """Logits [B * K, V] with `Terms.logit_bias` on the first of every K = `answers` rows."""
+    if terms.logit_bias is None:
+        return logits
+    by_row = logits.unflatten(0, (-1, answers))
+    first = by_row[:, :1] + torch.from_numpy(terms.logit_bias)
+    return torch.cat([first, by_row[:, 1:]], 1).flatten(0, 1)
+
+
 def answer_losses(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

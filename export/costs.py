@@ -160,7 +160,7 @@ def inputs_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     batch = shape.batch * shape.sequence * 12 + shape.batch * shape.answers * 20
     slots = [slot for layer in shape.slots for slot in layer]
     rows = FLOAT * (base.hidden + 1) * len(slots)  # router rows, and the target of their balance
-    terms = FLOAT * len(local_objective.INPUTS)
+    terms = FLOAT * (len(local_objective.INPUTS) + base.vocabulary)
     frozen = sum(frozen_bytes(base, s.format) for s in slots)
     return batch + terms + dense.bytes(shape.dense) + rows + frozen
 

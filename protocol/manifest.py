@@ -113,7 +113,8 @@ class Program:
     `weights` float32 [B, K]. `train` then takes the objective (`protocol.objective`), float32 [1] each:
     `objective.label_smoothing`, `.balance`, `.target_balance`, `.z_loss` (weights, 0: none), `.cap` and `.active`
     (counts, a large number: all), `.cap_backward` (1: the cap hides no expert from the forward pass, and the caller
-    drops the gradients of slots that `kept` has at 0). Then `dense.<name>` as the dense blob has them (`.packed`
+    drops the gradients of slots that `kept` has at 0); and `objective.logit_bias` float32 [V], added to the logits of
+    each row's first answer position (0: nothing). Then `dense.<name>` as the dense blob has them (`.packed`
     uint8, `.scale` float16, else float32), and per MoE layer l: `layers.l.router_rows` float32 [P, d], and for each
     projection `layers.l.{projection}.packed` uint8 [bytes] and `.scale` float16 [groups]: the slots' blobs, flat,
     one after the other; `train` also `layers.l.target` float32 [P], which sums to 1, of the heterogeneity-aware

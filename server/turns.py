@@ -96,6 +96,8 @@ class Turns:
             coverage=c.coverage,
             gate_warmup=c.gate_warmup,
             objective=c.rules.objective(c.objective, command.round),
+            active_below=c.active_below,
+            cap_share=c.cap_share,
             uplink=c.uplink,
             downlink=c.downlink,
             strategy=c.strategy,

@@ -199,9 +199,9 @@ class Run:
         objective = self.method.rules.objective(self.method.objective, round)
         if objective.cap_where == "backward" and objective.cap:
             objective = replace(objective, cap=self.world.slots_each(client))
-        if self.method.name.startswith("flame"):
-            few = self.world.budgets[client] < 0.25
-            objective = replace(objective, active=1 if few else 0)
+        below = self.method.active_below
+        if below and self.world.budgets[client] >= below:
+            objective = replace(objective, active=0)
         return objective
 
     def resident(self, chosen: list[list[int]]) -> Resident:
@@ -511,7 +511,10 @@ class Run:
                     rows,
                     terms,
                     bias=trainer.label_bias(
-                        self.prompts[name], self.rows[name], self.method.objective.label_prior
+                        self.prompts[name],
+                        self.rows[name],
+                        self.method.objective.label_prior,
+                        self.index.vocabulary,
                     ),
                     generate=generate,
                 )

@@ -19,7 +19,7 @@ from tests.server.conftest import Server
 NAMES = ("a", "b", "c")
 ROUNDS = 2
 CASES = {
-    "default": ([], {}, {}),
+    "plain": (["--uplink", "float32", "--downlink", "float32"], {}, {}),
     "coded": (
         ["--uplink", "int8", "--downlink", "float16"],
         {"prox": 0.01, "z_loss": 0.001},
@@ -51,6 +51,7 @@ def really_run(store, base, folder, rows, flags, objective):
         store, folder / "state", base, "--rounds", str(ROUNDS), "--min-devices", "3", "--min-updates", "2",
         "--per-round", "2", "--steps", "4", "--learning-rate", "0.01", "--router-learning-rate", "0.003",
         "--task", str(folder / "task.json"), "--objective", str(folder / "objective.json"), "--exit-when-done",
+        "--exploration", "0.1",
         *flags,
     )  # fmt: skip
     devices = []
@@ -91,7 +92,7 @@ def test_replaying_a_real_run_gives_its_adapters(
         ["accepted"] * n for n in (3, 2, 2, 3)
     ]
 
-    # As the server's flags are by default.
+    # As the server's flags are.
     method = Method(
         name="real", exploration=0.1, coverage=0.5, objective=Objective(**objective), **how
     )

@@ -12,6 +12,8 @@ TARGETS = {
     0: np.array([0.1, 0.2, 0.3, 0.4], np.float32),
     1: np.array([0.0, 0.25, 0.75], np.float32),
 }
+VOCABULARY = 320  # of the tokenizer that the tiny base is made for
+BIAS = np.random.default_rng(8).normal(0, 2, VOCABULARY).astype(np.float32)
 TERMS = {
     "plain": PLAIN,
     "label smoothing": Terms(label_smoothing=0.2),
@@ -23,9 +25,10 @@ TERMS = {
     "cap below top-k": Terms(cap=1),
     "cap backward": Terms(cap=2, cap_where="backward"),
     "active": Terms(active=1),
+    "label prior": Terms(logit_bias=BIAS),
     "all": Terms(
         label_smoothing=0.1, balance=0.3, target_balance=0.2, z_loss=0.05, cap=3, active=1,
-        targets=TARGETS,
+        targets=TARGETS, logit_bias=BIAS,
     ),
 }  # fmt: skip
 

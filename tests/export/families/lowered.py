@@ -62,7 +62,7 @@ def eager(base, family, store, shape, resident, batch, adapter, *, evaluate, ter
     flat = slots.fresh(model.adapter)
     for name, view in slots.views(flat, base, shape, resident).items():
         view[...] = adapter.get(name, 1.0)
-    given |= objective_inputs(terms, resident)
+    given |= objective_inputs(terms, resident, base.vocabulary)
     given |= flat
     for layer, ids in resident.items():
         rows = given[f"layers.{layer}.router_all"]

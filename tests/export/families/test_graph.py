@@ -36,7 +36,8 @@ def test_gradients_in_the_runtime_are_those_of_autograd(base):
     artifact = lowered(base, evaluate=False)
     resident = setting.resident_of(artifact.base)
     adapter = setting.adapter(artifact.base, setting.SLOTS, 0.1)
-    for terms in (PLAIN, EVERY_TERM):
+    bias = np.random.default_rng(8).normal(0, 2, artifact.base.vocabulary).astype(np.float32)
+    for terms in (PLAIN, dataclasses.replace(EVERY_TERM, logit_bias=bias)):
         check_gradients(artifact, resident, adapter, terms)
 
 

@@ -1,5 +1,7 @@
 """The torch backend of Switch and FFT-MoE bases against our graph: logits, loss, gradients, statistics."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,9 @@ EVERY_TERM = Terms(
 def test_it_is_the_graph(case, terms):
     *made, resident, batch, adapter = case
     backend, artifact = load_backend("torch"), lowered.artifact(*made, programs=False)
+    if terms != PLAIN:
+        bias = np.random.default_rng(8).normal(0, 2, artifact.base.vocabulary)
+        terms = dataclasses.replace(terms, logit_bias=bias.astype(np.float32))
     session = backend.open_train(artifact, resident)
     session.load(adapter)
     loss, routed = session.forward_backward(batch, terms)
