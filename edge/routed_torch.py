@@ -451,7 +451,7 @@ class RoutedSession:
         logits = self.body.model.lm_head(hidden)
         if terms.logit_bias is not None:
             first = (asked % batch.targets.shape[1] == 0).to(logits.dtype)
-            logits = logits + first[:, None] * torch.from_numpy(terms.logit_bias)
+            logits = torch.where(first[:, None] > 0, with_prior(logits, terms.logit_bias), logits)
         log = F.log_softmax(logits, -1)
         targets = torch.from_numpy(batch.targets).reshape(-1)[asked]
         share = weights[asked] / weights.sum()
@@ -505,6 +505,20 @@ class RoutedSession:
     def close(self) -> None:
         """See `TrainSession`."""
         self._values = {}
+
+
+def with_prior(logits: Tensor, bias: NDArray[np.float32]) -> Tensor:
+    """Logits [N, V] as a device that knows its labels' shares has them, see `Objective.label_prior`.
+
+    `bias` [V] moves labels against each other, and a common shift gives all of them together back what they had: a device
+    with one label then learns neither for nor against it, and all devices learn to answer with a label at all.
+    """
+    b = torch.from_numpy(bias)
+    labels = b != 0
+    raw = logits[:, labels]
+    moved = raw + b[labels]
+    shift = raw.logsumexp(-1, keepdim=True) - moved.logsumexp(-1, keepdim=True)
+    return logits + torch.where(labels, b + shift, torch.zeros(()))
 
 
 def _printed_score(g: Tensor, valid: Tensor, mean: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.federated import metrics
 from benchmarks.federated.tasks import TaskData
 from edge.data import Prompter, Row, encode, evaluation_batches
-from edge.routed_torch import RoutedSession
+from edge.routed_torch import RoutedSession, with_prior
 from edge.session import PLAIN, Batch, Terms
 
 Scores = dict[str, float]
@@ -54,7 +54,8 @@ def measure(
         there = rows[at : at + prompts.batch]
         logits = session.logits(batch, terms)
         if bias is not None:
-            logits.view(*batch.targets.shape, -1)[:, 0] += torch.from_numpy(bias)
+            first_of_row = logits.view(*batch.targets.shape, -1)[:, 0]
+            first_of_row.copy_(with_prior(first_of_row, bias))
         log = F.log_softmax(logits, -1)
         picked = log.gather(1, torch.from_numpy(batch.targets).reshape(-1, 1))[:, 0]
         share = torch.from_numpy(batch.weights).reshape(-1)

@@ -42,13 +42,21 @@ class Task:
         return out / f"{self.name}.jsonl"
 
 
-def read_tuned(path: Path | None) -> dict[str, float]:
-    """Method -> learning rate; raises PlanError."""
+def kind(suite: Suite) -> str:
+    """Suites of the same tasks share what was tuned."""
+    return "+".join(suite.tasks)
+
+
+def read_tuned(path: Path | None) -> dict[str, dict[str, float]]:
+    """Tasks of a suite -> method -> learning rate; raises PlanError."""
     if path is None:
         return {}
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-        rates = {str(name): float(entry["learning_rate"]) for name, entry in found.items()}
+        rates = {
+            str(tasks): {str(name): float(x["learning_rate"]) for name, x in methods.items()}
+            for tasks, methods in found.items()
+        }
     except FileNotFoundError as error:
         raise PlanError(f"--tuned {path}: no such file; make it with --tune") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -70,8 +78,8 @@ def tasks(
             for method in methods_of(name):
                 if chosen and method.name not in chosen:
                     continue
-                kind = method.tuned_as or method.name
-                rate = rates.get(kind, method.learning_rate)
+                known = rates.get(kind(suites.SUITES[name]), {})
+                rate = known.get(method.tuned_as or method.name, method.learning_rate)
                 made.append(Task(suites.SUITES[name], replace(method, learning_rate=rate), seed))
     return made
 
@@ -93,23 +101,23 @@ def grid(names: Sequence[str], chosen: Sequence[str] | None) -> list[Task]:
 
 
 def choose(out: Path, tasks: Sequence[Task], into: Path) -> Path:
-    """Write the rate of the highest mean validation score of each method, with all that was measured.
-
-    The score is the mean of the global model's accuracy gain and the devices': neither alone is what a method is for.
-    """
-    measured: dict[str, dict[float, list[float]]] = {}
+    """Write each method's rate of the highest validation score, with all that was measured."""
+    measured: dict[str, dict[str, dict[float, float]]] = {}
     for task in tasks:
-        score = validation(task.path(out))
-        rates = measured.setdefault(task.method.name, {})
-        rates.setdefault(task.method.learning_rate, []).append(score)
-    found = {}
-    for name, rates in measured.items():
-        means = {rate: sum(scores) / len(scores) for rate, scores in rates.items()}
-        best = max(means, key=lambda rate: means[rate])
-        found[name] = {
-            "learning_rate": best,
-            "grid": {f"{rate:g}": round(mean, 4) for rate, mean in means.items()},
+        by_method = measured.setdefault(kind(task.suite), {})
+        by_method.setdefault(task.method.name, {})[task.method.learning_rate] = validation(
+            task.path(out)
+        )
+    found = {
+        tasks_of: {
+            name: {
+                "learning_rate": max(rates, key=lambda rate: rates[rate]),
+                "grid": {f"{rate:g}": round(score, 4) for rate, score in rates.items()},
+            }
+            for name, rates in by_method.items()
         }
+        for tasks_of, by_method in measured.items()
+    }
     into.parent.mkdir(parents=True, exist_ok=True)
     into.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return into

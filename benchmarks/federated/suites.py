@@ -53,8 +53,8 @@ _THREE = Suite(
     sequence=64,
     answers=12,
     rows_each=None,
-    validation=200,
-    test=400,
+    validation=100,
+    test=300,
 )
 _ALL = (
     _NEWS,
