@@ -190,7 +190,8 @@ def train(
         {
             name: job.router_learning_rate if ".router." in name else job.learning_rate
             for name in wanted
-        }
+        },
+        eps=job.objective.adam_eps,
     )
     losses: list[float] = []
     for batch in batches:

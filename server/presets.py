@@ -88,7 +88,7 @@ OURS = Preset(
     coverage=0.5,
     strategy="coverage",
     reprofile=10,
-    objective=Objective(z_loss=1e-3, label_prior=1.0),
+    objective=Objective(z_loss=1e-3, label_prior=1.0, adam_eps=1e-3),
     uplink="int8",
     downlink="float16",
 )

@@ -52,6 +52,9 @@ def test_a_run_ends_with_an_adapter(serve, fleet, broker):
     ]  # fmt: skip
     assert all(len(h["devices"]) == 3 and not h["missing"] for h in history)
     assert np.sum(history[1]["coverage"]) == 2 + 2 + 2 + 2 + 3 + 4
+    consistency = history[1]["aggregation"]["routing_consistency"]
+    assert consistency.keys() == {"a", "b", "c"}
+    assert all(0 < r <= 1 for r in consistency.values())
     first = load_file(server.state / "adapters" / "0" / "adapter.safetensors")
     last = load_file(server.state / "adapters" / "2" / "adapter.safetensors")
     assert first.keys() == last.keys()

@@ -388,7 +388,14 @@ def test_updates_on_disk_are_combined_as_those_in_memory(tmp_path):
             )
         )
     folded = closing.fold(
-        reported, base=BASE, values={}, trained_counts=None, adapter=old, beta=0.1, rules=rules
+        reported,
+        base=BASE,
+        values={},
+        trained_counts=None,
+        trained_mass=None,
+        adapter=old,
+        beta=0.1,
+        rules=rules,
     )
     expected = aggregate(old, wanted, BASE.projections, rules)
     assert folded.aggregated is not None
