@@ -66,6 +66,18 @@ def answer_losses(
     return (plain.detach() * share).sum(), (smooth * share).sum()
 
 
+def with_bias(logits: torch.Tensor, bias: NDArray[np.float32] | None, answers: int) -> torch.Tensor:
+    """Logits [B * K, V] with `bias` [V] added to those of every row's first answer token; see `Terms.logit_bias`.
+
+    >>> with_bias(torch.zeros(4, 2), np.float32([1, 2]), 2).tolist()
+    [[1.0, 2.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]
+    """
+    if bias is None:
+        return logits
+    first = torch.arange(len(logits)) % answers == 0
+    return logits + first[:, None] * torch.from_numpy(bias)
+
+
 def within_cap(
     probabilities: torch.Tensor, valid: torch.Tensor, cap: int, top_k: int
 ) -> torch.Tensor:

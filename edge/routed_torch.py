@@ -178,9 +178,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         assert run is not None  # set by the session
         x = hidden.reshape(-1, hidden.shape[-1])
         up_a, up_b, down_a, down_b, delta, scale = self.parameters_
-        logits = x @ (self.rows + delta).t()
-        if run.train:
-            logits = self._capped(logits, run)
+        every = x @ (self.rows + delta).t()
+        logits = self._capped(every, run) if run.train else every
         if self.closed is not None:
             logits = logits.index_fill(1, torch.tensor([self.closed]), MASKED)
         g = logits.softmax(-1)
@@ -192,7 +191,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         self.seen = Seen()
         if run.train:
             self.seen.routed = self._routed(weight.detach(), slot, run.valid)
-            self.seen.loss = self._router_loss(logits, g, run)
+            # Over all residents, also those beyond the cap.
+            self.seen.loss = self._router_loss(every, run)
         chosen = run.answers if self.last and not run.statistics else None
         y = self._experts(x, weight, slot, chosen, (up_a, up_b, down_a, down_b)) * scale
         if run.statistics:
@@ -239,11 +239,11 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         places = ((weight > 0) * valid[:, None]).reshape(-1)
         return torch.zeros(len(self.ids)).index_add_(0, slot.reshape(-1), places)
 
-    def _router_loss(self, logits: Tensor, g: Tensor, run: Run) -> Tensor | None:
+    def _router_loss(self, logits: Tensor, run: Run) -> Tensor | None:
         terms, valid = run.terms, run.valid
         if not (terms.balance or terms.target_balance or terms.z_loss):
             return None
-        tokens, slots = valid.sum(), len(self.ids)
+        tokens, slots, g = valid.sum(), len(self.ids), logits.softmax(-1)
         loss = torch.zeros(())
         mean = (g * valid[:, None]).sum(0) / tokens
         if terms.balance:
@@ -523,8 +523,11 @@ def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
     w, dw = weight.detach(), weight.grad
     change = w * dw
     if block.renormalise and w.shape[1] > 1:
-        all_ = change.sum(-1, keepdim=True)
-        change = w / (1 - w).clamp_min(1e-6) * (all_ - dw)
+        # The others take over; who is alone (one active expert) has nobody who could.
+        others = w.sum(-1, keepdim=True) - w
+        rest = change.sum(-1, keepdim=True) - change - dw * others
+        alone = others <= 0
+        change = torch.where(alone, change, w * rest / others.masked_fill(alone, 1.0))
     total.index_add_(0, slot.reshape(-1), change.abs().reshape(-1))
     return found
 
