@@ -46,13 +46,31 @@ class Routed:
         return (places.sum(1) * self.valid[:, None]).sum(0)
 
 
+def with_prior(logits: torch.Tensor, bias: NDArray[np.float32]) -> torch.Tensor:
+    """Logits [N, V] as a device that knows how often it sees each label has them, see `Objective.label_prior`.
+
+    `bias` [V], 0 for all but labels, moves labels against each other; a common shift gives all of them together back
+    what they had. A device with one label then learns neither for nor against it, and still to answer with a
+    label at all.
+
+    >>> z = torch.log(torch.tensor([[0.2, 0.2, 0.6]]))
+    >>> with_prior(z, np.float32([np.log(3), 1e-9, 0])).exp().tolist()  # shares 3 : 1 of what the two labels have
+    [[0.30000001192092896, 0.10000000894069672, 0.6000000238418579]]
+    """
+    moves = torch.from_numpy(bias)
+    labels = moves != 0
+    raw = logits[:, labels]
+    shift = raw.logsumexp(-1, keepdim=True) - (raw + moves[labels]).logsumexp(-1, keepdim=True)
+    return logits + torch.where(labels, moves + shift, torch.zeros(()))
+
+
 def with_bias(logits: torch.Tensor, terms: Terms, answers: int) -> torch.Tensor:
-    """Logits [B * K, V] with `Terms.logit_bias` on the first of every K = `answers` rows."""
+    """Logits [B * K, V], with the prior of `Terms.logit_bias` on the first of every K = `answers` rows."""
     if terms.logit_bias is None:
         return logits
     by_row = logits.unflatten(0, (-1, answers))
-    first = by_row[:, :1] + torch.from_numpy(terms.logit_bias)
-    return torch.cat([first, by_row[:, 1:]], 1).flatten(0, 1)
+    first = with_prior(by_row[:, 0], terms.logit_bias)
+    return torch.cat([first[:, None], by_row[:, 1:]], 1).flatten(0, 1)
 
 
 def answer_losses(

@@ -242,8 +242,9 @@ class PlainSession:
         """See `TrainSession`."""
         for parameter in self._parameters.values():
             parameter.grad = None
+        logits = self._logits(batch, terms)
         loss, objective = objective_torch.answer_losses(
-            objective_torch.with_bias(self._logits(batch, terms), terms, batch.targets.shape[1]),
+            objective_torch.with_bias(logits, terms, batch.targets.shape[1]),
             torch.from_numpy(batch.targets).reshape(-1),
             torch.from_numpy(batch.weights).reshape(-1),
             terms.label_smoothing,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from edge.objective_torch import with_prior
 from edge.session import (
     PLAIN,
     Artifact,
@@ -178,9 +179,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         assert run is not None  # set by the session
         x = hidden.reshape(-1, hidden.shape[-1])
         up_a, up_b, down_a, down_b, delta, scale = self.parameters_
-        logits = x @ (self.rows + delta).t()
-        if run.train:
-            logits = self._capped(logits, run)
+        every = x @ (self.rows + delta).t()
+        logits = self._capped(every, run) if run.train else every
         if self.closed is not None:
             logits = logits.index_fill(1, torch.tensor([self.closed]), MASKED)
         g = logits.softmax(-1)
@@ -192,7 +192,8 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         self.seen = Seen()
         if run.train:
             self.seen.routed = self._routed(weight.detach(), slot, run.valid)
-            self.seen.loss = self._router_loss(logits, g, run)
+            # Over all residents, also those beyond the cap.
+            self.seen.loss = self._router_loss(every, run)
         chosen = run.answers if self.last and not run.statistics else None
         y = self._experts(x, weight, slot, chosen, (up_a, up_b, down_a, down_b)) * scale
         if run.statistics:
@@ -239,11 +240,11 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         places = ((weight > 0) * valid[:, None]).reshape(-1)
         return torch.zeros(len(self.ids)).index_add_(0, slot.reshape(-1), places)
 
-    def _router_loss(self, logits: Tensor, g: Tensor, run: Run) -> Tensor | None:
+    def _router_loss(self, logits: Tensor, run: Run) -> Tensor | None:
         terms, valid = run.terms, run.valid
         if not (terms.balance or terms.target_balance or terms.z_loss):
             return None
-        tokens, slots = valid.sum(), len(self.ids)
+        tokens, slots, g = valid.sum(), len(self.ids), logits.softmax(-1)
         loss = torch.zeros(())
         mean = (g * valid[:, None]).sum(0) / tokens
         if terms.balance:
@@ -507,20 +508,6 @@ class RoutedSession:
         self._values = {}
 
 
-def with_prior(logits: Tensor, bias: NDArray[np.float32]) -> Tensor:
-    """Logits [N, V] as a device that knows its labels' shares has them, see `Objective.label_prior`.
-
-    `bias` [V] moves labels against each other, and a common shift gives all of them together back what they had: a device
-    with one label then learns neither for nor against it, and all devices learn to answer with a label at all.
-    """
-    b = torch.from_numpy(bias)
-    labels = b != 0
-    raw = logits[:, labels]
-    moved = raw + b[labels]
-    shift = raw.logsumexp(-1, keepdim=True) - moved.logsumexp(-1, keepdim=True)
-    return logits + torch.where(labels, b + shift, torch.zeros(()))
-
-
 def _printed_score(g: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
     """HFedMoE's score of a batch (arXiv 2601.00583, eq 3-5, 10-11, 14), lambda 0.5, beta 0.1; [P]."""
     there = valid > 0
@@ -537,8 +524,11 @@ def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
     w, dw = weight.detach(), weight.grad
     change = w * dw
     if block.renormalise and w.shape[1] > 1:
-        all_ = change.sum(-1, keepdim=True)
-        change = w / (1 - w).clamp_min(1e-6) * (all_ - dw)
+        # The others take over; who is alone (one active expert) has nobody who could.
+        others = w.sum(-1, keepdim=True) - w
+        rest = change.sum(-1, keepdim=True) - change - dw * others
+        alone = others <= 0
+        change = torch.where(alone, change, w * rest / others.masked_fill(alone, 1.0))
     total.index_add_(0, slot.reshape(-1), change.abs().reshape(-1))
     return found
 

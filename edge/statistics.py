@@ -132,11 +132,30 @@ class LabelCounts:
         return label_information(self._counts).astype(np.float32)
 
 
+def with_prior(logits: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits [N, V] with a label prior [V], see `Objective.label_prior`: what all labels have together stays.
+
+    >>> z = np.log(np.float32([[0.2, 0.2, 0.6]]))
+    >>> np.exp(with_prior(z, np.float32([np.log(3), 1e-9, 0]))).round(3).tolist()
+    [[0.30000001192092896, 0.10000000149011612, 0.6000000238418579]]
+    """
+    labels = bias != 0
+    raw = logits[:, labels].astype(np.float64)
+    top = raw.max(-1, keepdims=True)
+    share = np.exp(raw - top)
+    shift = np.log(share.sum(-1)) - np.log(
+        (share * np.exp(bias[labels].astype(np.float64))).sum(-1)
+    )
+    moved = logits.copy()
+    moved[:, labels] += (bias[labels] + shift[:, None]).astype(np.float32)
+    return moved
+
+
 class Score:
     """Loss per answer token, and accuracy over rows with labels."""
 
     def __init__(self, bias: NDArray[np.float32] | None = None) -> None:
-        """`bias` [V] is added to the logits of every first answer token, see `Objective.label_prior`."""
+        """`bias` [V] is the label prior on every first answer token, see `with_prior`."""
         self._bias = bias
         self._nll, self._weight, self._right, self._rows = 0.0, 0.0, 0, 0
 
@@ -146,7 +165,7 @@ class Score:
         """Add logits [B, K, V]; `first` [labels] are the first answer tokens, None without labels."""
         if self._bias is not None:
             logits = logits.copy()
-            logits[:, 0] += self._bias
+            logits[:, 0] = with_prior(logits[:, 0], self._bias)
         shifted = logits - logits.max(-1, keepdims=True)
         log_sum = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
         picked = np.take_along_axis(shifted, batch.targets[..., None], -1)[..., 0]

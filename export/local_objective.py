@@ -26,6 +26,7 @@ INPUTS = (
     "active",
 )
 LOGIT_BIAS = "objective.logit_bias"  # [V]
+ELSEWHERE = 1e4  # below every label: e to the minus this is 0
 TARGET = "target"  # of a layer: what mean router probabilities are pulled to
 OUT = -1e30  # below every logit, and finite
 TINY = 1e-20
@@ -49,21 +50,25 @@ def is_input(name: str) -> bool:
 
 
 def with_bias(logits: Tensor, bias: Tensor, answers: int) -> Tensor:
-    """Logits with a bias on the first answer token of each row (`protocol.objective.Objective.label_prior`).
+    """Logits with a label prior on the first answer token of each row (`protocol.objective.Objective.label_prior`).
 
     Parameters
     ----------
     logits : [B * K, V], the K answer positions of a row one after the other
-    bias : [V]
+    bias : [V], 0 for all but labels: it moves labels against each other, and a common shift gives all of them together
+        back what they had; all zeros: no prior
     answers : K
 
     Examples
     --------
-    >>> with_bias(torch.zeros(4, 2), torch.tensor([0.5, -1.0]), 2).tolist()
-    [[0.5, -1.0], [0.0, 0.0], [0.5, -1.0], [0.0, 0.0]]
+    >>> with_bias(torch.zeros(2, 3), torch.tensor([1.0, -1.0, 0.0]), 2).exp().sum(-1).tolist()
+    [3.0, 3.0]
     """
     first = (torch.arange(logits.shape[0]) % answers == 0).to(logits.dtype).unsqueeze(1)
-    return logits + first * bias
+    labels = (bias != 0).to(logits.dtype).unsqueeze(0)
+    raw = logits + (labels - 1.0) * ELSEWHERE
+    shift = torch.logsumexp(raw, -1, keepdim=True) - torch.logsumexp(raw + bias, -1, keepdim=True)
+    return logits + first * labels * (bias + shift)
 
 
 def answer_losses(

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.federated import metrics
 from benchmarks.federated.tasks import TaskData
 from edge.data import Prompter, Row, encode, evaluation_batches
-from edge.routed_torch import RoutedSession, with_prior
+from edge.objective_torch import with_prior
+from edge.routed_torch import RoutedSession
 from edge.session import PLAIN, Batch, Terms
 
 Scores = dict[str, float]

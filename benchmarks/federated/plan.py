@@ -124,11 +124,22 @@ def choose(out: Path, tasks: Sequence[Task], into: Path) -> Path:
 
 
 def validation(path: Path) -> float:
-    """A tuning run's score: minus the mean answer loss of the global model and of the devices at its last round."""
-    values: dict[str, list[float]] = {"global": [], "device": []}
+    """A tuning run's score at its last round, the mean of the global model's and the devices' on validation rows.
+
+    Accuracy where every task has it; else minus the answer loss, because answers are not written while tuning.
+    """
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     with open(path, encoding="utf-8") as lines:
         for text in lines:
             line = json.loads(text)
-            if line["kind"] == "score" and line["metric"] == "answer_loss":
-                values[line["scope"]].append(float(line["value"]))
-    return -sum(sum(v) / len(v) for v in values.values() if v) / 2
+            if line["kind"] == "score":
+                by_task = found.setdefault((line["metric"], line["scope"]), {})
+                by_task.setdefault(line["task"], []).append(float(line["value"]))
+    every = set(found["answer_loss", "global"])
+    accurate = set(found.get(("accuracy", "global"), ())) == every
+    metric, sign = ("accuracy", 1.0) if accurate else ("answer_loss", -1.0)
+    means = [
+        sum(sum(v) / len(v) for v in found[metric, scope].values()) / len(found[metric, scope])
+        for scope in ("global", "device")
+    ]
+    return sign * sum(means) / 2

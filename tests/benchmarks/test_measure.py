@@ -112,7 +112,7 @@ def test_a_bias_for_a_label_makes_it_the_answer(session, world):
 
 
 def test_the_oracle_values_what_is_missed(world, tmp_path):
-    """By sub-MoEs that really lack the expert: worth is the loss without it less the loss with it, 0 where that helps."""
+    """By sub-MoEs that really lack the expert: the loss without it less the loss with it, 0 where that helps."""
     index, backend = world.base.index, RoutedBackend()
     found = profiles.oracle(world, backend, tmp_path)
     layers, experts = len(index.moe_layers), index.num_experts

@@ -90,7 +90,9 @@ def test_a_device_with_one_label_teaches_nothing_about_it(prompts, exported):
 def test_only_first_answer_tokens_have_it():
     bias = np.array([1.0, -1.0], np.float32)
     logits = torch.arange(8.0).reshape(4, 2)  # two rows with two answer tokens each
-    wanted = logits + torch.tensor([[1.0, -1], [0, 0], [1, -1], [0, 0]])
+    both = logits.exp() * torch.tensor([1.0, -1]).exp()
+    shared = both / both.sum(-1, keepdim=True) * logits.exp().sum(-1, keepdim=True)
+    wanted = torch.where(torch.tensor([[1], [0], [1], [0]]) > 0, shared.log(), logits)
     torch.testing.assert_close(objective_torch.with_bias(logits, Terms(logit_bias=bias), 2), wanted)
     torch.testing.assert_close(local_objective.with_bias(logits, torch.from_numpy(bias), 2), wanted)
     assert objective_torch.with_bias(logits, PLAIN, 2) is logits

@@ -1,4 +1,4 @@
-"""The fast torch backend against the torch reference: statistics, every term of the objective, padding, closed slots."""
+"""The fast torch backend against the torch reference: statistics, terms of the objective, padding, closed slots."""
 
 import dataclasses
 
