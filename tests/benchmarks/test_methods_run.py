@@ -87,7 +87,12 @@ def test_every_method_runs_a_round_of_three_tasks(world, cache, name):
     assert run.fleet.adapter.keys() == before.keys()
     if EVERY[name].trains == "experts":
         # Only what somebody held has changed.
-        held = {(la, e) for c in line["clients"] for la, ids in run.resident(run.fleet.former[c]).items() for e in ids}  # fmt: skip
+        held = {
+            (layer, e)
+            for client in line["clients"]
+            for layer, ids in run.resident(run.fleet.former[client]).items()
+            for e in ids
+        }
         assert {(p.layer, p.expert) for p in map(names.parse, changed)} <= held
         assert 0 < line["routing_consistency"] <= 1
     if EVERY[name].over_budget:

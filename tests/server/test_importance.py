@@ -38,7 +38,7 @@ def told(path, top):
 
 
 def test_importance_of_later_rounds_differs_from_the_first_and_decides(tmp_path):
-    """0.7 of the old and 0.3 of the new value: after three rounds the new favourites are ahead by more than a margin."""
+    """0.7 of the old and 0.3 of the new value: after three rounds the new favourites lead by more than the margin."""
     known, held, log = {}, None, []
     for round, top in enumerate([[5, 5, 0, 0], *[[0, 0, 5, 5]] * 3]):
         folded = closing.fold(
