@@ -46,6 +46,15 @@ class Routed:
         return (places.sum(1) * self.valid[:, None]).sum(0)
 
 
+def with_bias(logits: torch.Tensor, terms: Terms, answers: int) -> torch.Tensor:
+    """Logits [B * K, V] with `Terms.logit_bias` on the first of every K = `answers` rows."""
+    if terms.logit_bias is None:
+        return logits
+    by_row = logits.unflatten(0, (-1, answers))
+    first = by_row[:, :1] + torch.from_numpy(terms.logit_bias)
+    return torch.cat([first, by_row[:, 1:]], 1).flatten(0, 1)
+
+
 def answer_losses(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,4 +176,5 @@ def removal_change(routed: Routed, renormalise: bool) -> NDArray[np.float32]:
         change = torch.where(alone, change, weight * rest / others.masked_fill(alone, 1.0))
     spread = F.one_hot(routed.slot, routed.logits.shape[1]).double()
     counts = change.abs() * routed.valid.double()[:, None]
-    return (spread * counts[..., None]).sum((0, 1)).numpy().astype(np.float32)
+    found: NDArray[np.float32] = (spread * counts[..., None]).sum((0, 1)).float().numpy()
+    return found

@@ -243,7 +243,7 @@ class PlainSession:
         for parameter in self._parameters.values():
             parameter.grad = None
         loss, objective = objective_torch.answer_losses(
-            self._logits(batch, terms),
+            objective_torch.with_bias(self._logits(batch, terms), terms, batch.targets.shape[1]),
             torch.from_numpy(batch.targets).reshape(-1),
             torch.from_numpy(batch.weights).reshape(-1),
             terms.label_smoothing,

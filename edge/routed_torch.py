@@ -58,7 +58,7 @@ class Experts(torch.autograd.Function):  # type: ignore[misc]
         down_a: Tensor,
         down_b: Tensor,
     ) -> Tensor:
-        """x [T, d], weight and slot [T, k], frozen ([P, 2f, d], [P, d, f]), factors [P, R, in] and [P, out, R] -> [T, d]."""
+        """x [T, d], weight, slot [T, k], frozen ([P, 2f, d], [P, d, f]), factors [P, R, in], [P, out, R] -> [T, d]."""
         k, slots = slot.shape[1], len(up_a)
         order = torch.argsort(slot.reshape(-1), stable=True)
         counts = torch.bincount(slot.reshape(-1), minlength=slots).tolist()
@@ -517,15 +517,16 @@ def _printed_score(g: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
 def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
     weight, slot = block.seen.weight, block.seen.slot
     total = torch.zeros(len(block.ids))
+    found: NDArray[np.float32] = total.numpy()  # the same memory
     if weight is None or weight.grad is None or slot is None:
-        return total.numpy()
+        return found
     w, dw = weight.detach(), weight.grad
     change = w * dw
     if block.renormalise and w.shape[1] > 1:
         all_ = change.sum(-1, keepdim=True)
         change = w / (1 - w).clamp_min(1e-6) * (all_ - dw)
     total.index_add_(0, slot.reshape(-1), change.abs().reshape(-1))
-    return total.numpy()
+    return found
 
 
 class RoutedBackend:

@@ -22,7 +22,7 @@ from edge.outbox import Outbox, Parcel
 from edge.session import Artifact, Backend, FloatArrays, SessionError, load_backend
 from edge.trust import Trust
 from protocol import chunks, messages, tensors, topics, update
-from protocol.manifest import ManifestError, check_fits
+from protocol.manifest import BaseIndex, ManifestError, Shape, check_fits
 
 log = logging.getLogger(__name__)
 READY_EVERY = 5.0
@@ -232,20 +232,10 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
 
     base, shape = here.artifact.base, here.artifact.manifest.shape
     try:
-        resident = slots.resident_of(lease.resident, base.moe_layers, shape.slots, base.num_experts)
-        job = trainer.Job(
-            work=lease.work,
-            resident=resident,
-            trained=slots.trained_of(lease.trained, resident, shape.slots),
-            steps=lease.steps,
-            learning_rate=lease.learning_rate,
-            router_learning_rate=lease.router_learning_rate,
-            seed=lease.seed,
-            objective=lease.objective,
-        )
-        for blob in slots.blobs_of(base, shape, resident):
+        job = job_of(lease, base, shape)
+        for blob in slots.blobs_of(base, shape, job.resident):
             device.cache.get(blob)
-        wanted = slots.adapter_shapes(base, shape, resident)
+        wanted = slots.adapter_shapes(base, shape, job.resident)
         adapter, shared = slots.split_adapter(read_adapter(device, lease), wanted, base)
         log.info(
             "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
@@ -271,6 +261,21 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
     parcel = device.outbox.put(lease.lease, lease.run, lease.nonce, body)
     keep(device, lease, own, {**result.kept, **owed})
     return parcel
+
+
+def job_of(lease: messages.Lease, base: BaseIndex, shape: Shape) -> trainer.Job:
+    """What a lease asks of training; raises SlotError when it does not fit the slots."""
+    resident = slots.resident_of(lease.resident, base.moe_layers, shape.slots, base.num_experts)
+    return trainer.Job(
+        work=lease.work,
+        resident=resident,
+        trained=slots.trained_of(lease.trained, resident, shape.slots),
+        steps=lease.steps,
+        learning_rate=lease.learning_rate,
+        router_learning_rate=lease.router_learning_rate,
+        seed=lease.seed,
+        objective=lease.objective,
+    )
 
 
 def read_adapter(device: Device, lease: messages.Lease) -> dict[str, Any]:

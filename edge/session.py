@@ -128,8 +128,9 @@ class TrainSession(Protocol):
     ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """Loss, and routed valid tokens per slot of each layer; the gradients are then ready.
 
-        The gradients are those of the whole objective. The loss is the weighted negative log-likelihood alone, so that
-        it can be compared between objectives; tokens count for the experts that were active for them.
+        The gradients are those of the whole objective. The loss is the weighted negative log-likelihood alone, under
+        the logits with `Terms.logit_bias`, as the device would answer; tokens count for the experts that were active
+        for them.
         """
 
     def gradients(self) -> FloatArrays:

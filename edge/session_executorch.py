@@ -109,7 +109,9 @@ def _read(artifact: Artifact, blob: Blob) -> dict[str, NDArray[Any]]:
     return tensors.mapped(artifact.path(blob))
 
 
-def objective_inputs(terms: Terms, resident: Resident) -> dict[str, NDArray[np.float32]]:
+def objective_inputs(
+    terms: Terms, resident: Resident, vocabulary: int
+) -> dict[str, NDArray[np.float32]]:
     """What a training program takes beside its batch and its weights, by name."""
     values = {
         "label_smoothing": terms.label_smoothing,
@@ -121,6 +123,8 @@ def objective_inputs(terms: Terms, resident: Resident) -> dict[str, NDArray[np.f
         "active": terms.active or EVERY,
     }
     given = {f"objective.{name}": np.array([value], np.float32) for name, value in values.items()}
+    bias = terms.logit_bias
+    given["objective.logit_bias"] = np.zeros(vocabulary, np.float32) if bias is None else bias
     for layer, ids in resident.items():
         uniform = np.full(len(ids), 1 / len(ids), np.float32)
         given[f"layers.{layer}.target"] = terms.targets.get(layer, uniform)
@@ -148,7 +152,8 @@ class ExecuTorchTraining:
     ) -> tuple[float, dict[int, NDArray[np.float32]]]:
         """See `TrainSession`."""
         resident = self._open.resident
-        seen = self._open.run(batch.inputs() | objective_inputs(terms, resident))
+        vocabulary = self._open.artifact.base.vocabulary
+        seen = self._open.run(batch.inputs() | objective_inputs(terms, resident, vocabulary))
         flat = {
             name.removeprefix(GRADIENT): value
             for name, value in seen.items()

@@ -118,7 +118,7 @@ class TorchSession:
         with self._routing(batch, terms) as seen:
             logits = self._model.head(self._hidden(batch))
             loss, objective = objective_torch.answer_losses(
-                logits,
+                objective_torch.with_bias(logits, terms, batch.targets.shape[1]),
                 torch.from_numpy(batch.targets).reshape(-1),
                 torch.from_numpy(batch.weights).reshape(-1),
                 terms.label_smoothing,

@@ -66,7 +66,7 @@ class MoeBlock:
         return self.moved.delta
 
     def restrict(self, kept: torch.Tensor | None) -> None:
-        """Let the router see these slots only, numbered anew, as it sees only the residents of all experts; None: all."""
+        """Let the router see these slots only, numbered anew, as it sees only residents anyway; None: all."""
         whole = torch.arange(len(self.delta))
         ids = whole if kept is None else kept
         self.moved.kept = kept

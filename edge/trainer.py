@@ -16,7 +16,6 @@ from edge.balance_targets import Targets, evenness
 from edge.corrections import Control, pull_back
 from edge.data import Prompter, Row, by_label, evaluation_batches, training_batches
 from edge.session import (
-    PLAIN,
     Artifact,
     Backend,
     Batch,
@@ -92,10 +91,13 @@ def terms_of(objective: Objective) -> Terms:
     )
 
 
-def label_bias(prompts: Prompter, rows: Sequence[Row], tau: float) -> NDArray[np.float32] | None:
+def label_bias(
+    prompts: Prompter, rows: Sequence[Row], tau: float, vocabulary: int
+) -> NDArray[np.float32] | None:
     """What `Objective.label_prior` adds to the logits of the labels' first tokens, [V]; None without labels.
 
     Half a row more of each label than there are, so that a label that the device has never seen gets a finite share.
+    `vocabulary` is the base's: that of its tokenizer may be smaller.
     """
     verbaliser = prompts.verbaliser
     if verbaliser is None or not tau:
@@ -103,7 +105,7 @@ def label_bias(prompts: Prompter, rows: Sequence[Row], tau: float) -> NDArray[np
     counts = np.full(len(verbaliser.labels), 0.5)
     for row in rows:
         counts[verbaliser.labels.index(str(row.label))] += 1
-    bias = np.zeros(prompts.tokenizer.get_vocab_size(), np.float32)
+    bias = np.zeros(vocabulary, np.float32)
     bias[verbaliser.first] = tau * np.log(counts / counts.sum())
     return bias
 
@@ -188,7 +190,8 @@ def train(
         {
             name: job.router_learning_rate if ".router." in name else job.learning_rate
             for name in wanted
-        }
+        },
+        eps=job.objective.adam_eps,
     )
     losses: list[float] = []
     for batch in batches:
@@ -251,7 +254,7 @@ def work(
     labels = 0 if prompts.verbaliser is None else len(prompts.verbaliser.labels)
     sums = RoutingSums(base.moe_layers, base.num_experts, job.resident)
     counts = LabelCounts(base.moe_layers, base.num_experts, labels)
-    bias = label_bias(prompts, train_rows, objective.label_prior)
+    bias = label_bias(prompts, train_rows, objective.label_prior, base.vocabulary)
     reader = backend.open_evaluate(artifact, job.resident)
     try:
         before = evaluate(

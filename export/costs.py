@@ -28,7 +28,7 @@ of it is for what a device's process gathers from round to round (devices of the
 COLUMNS = 256  # tokens that an operator takes at a time (edge/native/product.h)
 THREAD_BYTES = 256 << 10  # scratch of a thread
 THREADS = 4  # most that are counted
-PROGRAM_BYTES = 64 << 10  # both programs of a shape, per layer
+PROGRAM_BYTES = 96 << 10  # both programs of a shape, per layer
 SCRATCH = 4  # copies of one expert's largest factor that an optimizer step makes
 FLOAT = 4
 _LAYER = re.compile(r"(?:layers|block|layer|h)\.(\d+)\.")
@@ -160,7 +160,7 @@ def inputs_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     batch = shape.batch * shape.sequence * 12 + shape.batch * shape.answers * 20
     slots = [slot for layer in shape.slots for slot in layer]
     rows = FLOAT * (base.hidden + 1) * len(slots)  # router rows, and the target of their balance
-    terms = FLOAT * len(local_objective.INPUTS)
+    terms = FLOAT * (len(local_objective.INPUTS) + base.vocabulary)
     frozen = sum(frozen_bytes(base, s.format) for s in slots)
     return batch + terms + dense.bytes(shape.dense) + rows + frozen
 
@@ -191,7 +191,9 @@ def arena_bytes(base: BaseIndex, dense: Dense, shape: Shape) -> int:
     else:
         wide = base.top_k * base.features(base.projections[0])[0]
     shared = family_of(base).shared is not None
-    routed = tokens * (wide + (3 if shared else 2) * base.hidden)
+    slots = max((len(layer) for layer in shape.slots), default=0)
+    # Of the router: logits and probabilities, for the terms of the objective.
+    routed = tokens * (wide + (3 if shared else 2) * base.hidden + 2 * slots)
     saved = tokens * dense.kept + len(base.moe_layers) * routed
     if base.architecture == "seq2seq":
         saved = seq2seq_costs.kept(dense.shapes, base, shape)

@@ -1,7 +1,7 @@
-"""The terms of a device's local objective, written so that they can be exported; their weights are program inputs.
+"""The terms of a device's local objective in a form that can be exported; their weights are program inputs.
 
-One program serves every objective: a weight of 0 switches a term off, and what it then costs is small, because all of it
-is about [T, P] and not about hidden states. Names and meanings of the inputs: `protocol.manifest.Program`.
+One program serves every objective: a weight of 0 switches a term off, and what it then costs is small, because all of
+it is about [T, P] and not about hidden states. Names and meanings of the inputs: `protocol.manifest.Program`.
 
 Letters: T tokens that pass a layer, P slots, k experts per token, N answer positions, V vocabulary.
 """
@@ -25,14 +25,16 @@ INPUTS = (
     "cap_backward",
     "active",
 )
+LOGIT_BIAS = "objective.logit_bias"  # [V]
 TARGET = "target"  # of a layer: what mean router probabilities are pulled to
 OUT = -1e30  # below every logit, and finite
 TINY = 1e-20
 
 
-def specs() -> list[TensorSpec]:
+def specs(vocabulary: int) -> list[TensorSpec]:
     """The inputs that are the same for all layers, in calling order."""
-    return [TensorSpec(name=f"objective.{name}", shape=(1,), dtype="float32") for name in INPUTS]
+    one = [TensorSpec(name=f"objective.{name}", shape=(1,), dtype="float32") for name in INPUTS]
+    return [*one, TensorSpec(name=LOGIT_BIAS, shape=(vocabulary,), dtype="float32")]
 
 
 def is_input(name: str) -> bool:
@@ -44,6 +46,24 @@ def is_input(name: str) -> bool:
     return name.startswith("objective.") or (
         name.startswith("layers.") and name.endswith(f".{TARGET}")
     )
+
+
+def with_bias(logits: Tensor, bias: Tensor, answers: int) -> Tensor:
+    """Logits with a bias on the first answer token of each row (`protocol.objective.Objective.label_prior`).
+
+    Parameters
+    ----------
+    logits : [B * K, V], the K answer positions of a row one after the other
+    bias : [V]
+    answers : K
+
+    Examples
+    --------
+    >>> with_bias(torch.zeros(4, 2), torch.tensor([0.5, -1.0]), 2).tolist()
+    [[0.5, -1.0], [0.0, 0.0], [0.5, -1.0], [0.0, 0.0]]
+    """
+    first = (torch.arange(logits.shape[0]) % answers == 0).to(logits.dtype).unsqueeze(1)
+    return logits + first * bias
 
 
 def answer_losses(

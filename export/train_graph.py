@@ -167,7 +167,9 @@ class SubModel(nn.Module):
         """Plain, for the report, and smoothed, which has the gradient."""
         targets, weights = given["targets"].reshape(-1, 1), given["weights"].reshape(-1, 1)
         smoothing = given["objective.label_smoothing"]
-        return local_objective.answer_losses(self._logits(given), targets, weights, smoothing)
+        bias = given[local_objective.LOGIT_BIAS]
+        logits = local_objective.with_bias(self._logits(given), bias, self.shape.answers)
+        return local_objective.answer_losses(logits, targets, weights, smoothing)
 
     def _evaluate(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         logits = self._logits(given).reshape(self.shape.batch, self.shape.answers, -1)
@@ -223,7 +225,7 @@ def _input_specs(
         TensorSpec(name="targets", shape=asked, dtype="int64"),
         TensorSpec(name="weights", shape=asked, dtype="float32"),
     ]
-    specs += [] if evaluate else local_objective.specs()
+    specs += [] if evaluate else local_objective.specs(base.vocabulary)
     for name, size in dense.items():
         if packing.packs(size):
             specs += packed_specs(f"dense.{name}", [shape.dense], *size)

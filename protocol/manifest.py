@@ -110,22 +110,31 @@ class Program:
 
     `inputs` in calling order. Batch inputs: `tokens` int64 [B, S], `valid` float32 [B, S] (1 = not padding),
     `positions` int64 [B, K] (flat index b * S + s of the token whose next token is scored), `targets` int64 [B, K],
-    `weights` float32 [B, K]. Then `dense.<name>` as the dense blob has them (`.packed` uint8, `.scale` float16, else
-    float32), and per MoE layer l: `layers.l.router_rows` float32 [P, d], and for each projection
-    `layers.l.{projection}.packed` uint8 [bytes] and `.scale` float16 [groups]: the slots' blobs, flat, one after the
-    other. `evaluate` also takes `layers.l.router_all` float32 [E, d] and `layers.l.resident` float32 [E]. Last come the
-    `parameters`.
+    `weights` float32 [B, K]. `train` then takes the objective (`protocol.objective`), float32 [1] each:
+    `objective.label_smoothing`, `.balance`, `.target_balance`, `.z_loss` (weights, 0: none), `.cap` and `.active`
+    (counts, a large number: all), `.cap_backward` (1: the cap hides no expert from the forward pass, and the caller
+    drops the gradients of slots that `kept` has at 0); and `objective.logit_bias` float32 [V], added to the logits of
+    each row's first answer position (0: nothing). Then `dense.<name>` as the dense blob has them (`.packed`
+    uint8, `.scale` float16, else float32), and per MoE layer l: `layers.l.router_rows` float32 [P, d], and for each
+    projection `layers.l.{projection}.packed` uint8 [bytes] and `.scale` float16 [groups]: the slots' blobs, flat,
+    one after the other; `train` also `layers.l.target` float32 [P], which sums to 1, of the heterogeneity-aware
+    balance. `evaluate` also takes `layers.l.router_all` float32 [E, d] and `layers.l.resident` float32 [E]. Last
+    come the `parameters`.
 
     `parameters` (the adapter of the resident experts): `layers.l.{projection}.a` float32 [sum of rank * in], the slots'
     lora_A [rank, in] flat, one after the other; `layers.l.{projection}.b` the same of lora_B [out, rank];
-    `layers.l.router` float32 [P, d], changes of the router rows.
+    `layers.l.router` float32 [P, d], changes of the router rows; `layers.l.output_scale` float32 [1], 1 if nobody has
+    trained it, on the experts' output without the shared expert's: it stays on the device.
 
-    `outputs` of `train`: `loss` (sum of weights * nll / sum of weights), then `layers.l.routed` float32 [P]
-    (routed valid tokens per slot), then `grad.<name>` for each of `parameters`. Of `evaluate`: `logits` float32
-    [B, K, V], then per layer `layers.l.mass` [E]
-    (sum over valid tokens of the full router's probability g), `layers.l.top` [E] (the same where the expert is in
-    the full top-k), `layers.l.g_log_g` [E], `layers.l.missed` [1] (sum of 1 - mass on resident experts),
-    `layers.l.output_norm` [P] (sum of routed weight * norm of the expert's output).
+    `outputs` of `train`: `loss` (sum of weights * nll / sum of weights), then `layers.l.routed` float32 [P] (routed
+    valid tokens per slot for which it was active), `layers.l.kept` [P] (1 within the cap) and `layers.l.taylor`
+    [P], then `grad.<name>` of the whole objective for each of `parameters`; what sums over MoE layers there is a
+    mean over layers. Of `evaluate`: `logits` float32 [B, K, V], then per layer `layers.l.mass` [E] (sum over valid
+    tokens of the full router's probability g), `layers.l.top` [E] (the same where the expert is in the full top-k),
+    `layers.l.g_log_g` [E], `layers.l.missed` [1] (sum of 1 - mass on resident experts), `layers.l.output_norm` [P]
+    (sum of routed weight * norm of the expert's output, both before the output scale), `layers.l.peak` and
+    `layers.l.high` [E] (largest and ceil(T / 100)-th largest g of the valid tokens among T, padding and all).
+    `taylor` and these two: `protocol.update.STATS`.
     """
 
     blob: Blob

@@ -30,10 +30,12 @@ class Objective:
     cap : at most so many experts of a layer take part in a batch; 0: all residents
     cap_where : "both": the others get no token; "backward": as HFedMoE prints it, they only get no gradient
     active : experts per token, at most the base's k; 0: k (FLAME, FFT-MoE)
-    label_prior : tau of a loss that knows how often the device sees each label: tau * log of the label's share is added to
-        the label's logit in training (logit adjustment, arXiv 2007.07314; in federations FedLC, arXiv 2209.00189), so that
-        a device does not teach the fleet what it mostly has itself; when it answers for its owner it adds the same, and so
-        keeps what it knows about its own rows. Without labels it does nothing
+    label_prior : tau of a loss that knows how often the device sees each label: tau * log of the label's share is added
+        to the label's logit in training (logit adjustment, arXiv 2007.07314; in federations FedLC, arXiv 2209.00189),
+        so that a device does not teach the fleet what it mostly has itself; when it answers for its owner it adds the
+        same, and so keeps what it knows about its own rows. Without labels it does nothing
+    adam_eps : epsilon of Adam. Adam makes steps of one size whatever the gradient is; with an epsilon of the gradients'
+        own size, a device that has little to learn moves little
     output_scale : learn one factor per layer on the experts' output; it stays on the device (FLAME)
     factors : the LoRA factors that are trained and sent: "lora_B" is FFA-LoRA (arXiv 2403.12313), one and the other in
         turn is RoLoRA (arXiv 2502.01755). Router rows are trained either way
@@ -54,6 +56,7 @@ class Objective:
     active: int = 0
     output_scale: bool = False
     label_prior: float = 0.0
+    adam_eps: float = 1e-8
     factors: Literal["both", "lora_A", "lora_B"] = "both"
     personal: bool = False
 
@@ -70,6 +73,8 @@ class Objective:
         ):
             if not 0 <= getattr(self, name) <= 1e6:
                 raise SchemaError(f"{name} {getattr(self, name)}, 0 to 1e6 wanted")
+        if not 1e-12 <= self.adam_eps <= 1:
+            raise SchemaError(f"adam_eps {self.adam_eps}, 1e-12 to 1 wanted")
         if not 0 <= self.target_mix <= 1:
             raise SchemaError(f"target_mix {self.target_mix}, 0 to 1 wanted")
         if self.cap < 0 or self.active < 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +134,7 @@ def accept(
     wanted = expected_shapes(lease, rank_of, base)
     try:
         found, stats, facts = update.unpack(data, max_update_bytes(lease, rank_of, base))
-        values = _values(found, lease, wanted, leased)
+        values = arrived(found, wanted, leased, lease.uplink, lease.downlink)
     except TensorError as error:
         raise UpdateRejected(str(error)) from error
     layers, experts = len(base.moe_layers), base.num_experts
@@ -151,17 +151,32 @@ def accept(
     return Accepted(tensors=values, stats=stats, facts=facts)
 
 
-def _values(
+def arrived(
     found: Mapping[str, NDArray[Any]],
-    lease: Lease,
     wanted: Mapping[str, tuple[int, ...]],
     leased: Mapping[str, NDArray[Any]] | None,
+    coding: Literal["float32", "int8", "int4"],
+    downlink: Literal["float32", "float16"],
 ) -> dict[str, NDArray[np.float32]]:
-    """Checked tensors of an update, as values in terms of the float32 adapter."""
-    if lease.uplink == "float32" or not wanted:
+    """Tensors of an update, checked, as values in terms of the server's own float32 adapter.
+
+    Parameters
+    ----------
+    found : as they came, without statistics and facts
+    wanted : global name -> shape, see `expected_shapes`
+    leased, coding, downlink : see `accept`, `Lease.uplink`, `Lease.downlink`
+
+    Raises
+    ------
+    UpdateRejected
+        Wrong names, shapes or types, NaN.
+    TensorError
+        A coding that cannot be undone.
+    """
+    if coding == "float32" or not wanted:
         _check_tensors(found, wanted)
         moved = dict(found)
-        if lease.downlink == "float16":
+        if downlink == "float16":
             assert leased is not None
             rounded = tensors.widened(
                 tensors.narrowed({n: leased[n] for n in leased if n in wanted})
@@ -169,7 +184,7 @@ def _values(
             moved |= {name: moved[name] - rounded[name] + leased[name] for name in rounded}
         return moved
     assert leased is not None
-    change = uplink.decode(found, wanted, lease.uplink)
+    change = uplink.decode(found, wanted, coding)
     moved = {name: leased[name] + c if name in leased else c for name, c in change.items()}
     _check_tensors(moved, wanted)
     return moved

@@ -19,6 +19,7 @@ from server.artifacts import Artifacts
 from server.broker import HOST, KINDS, broker, free_port
 from server.config import Config, ConfigError
 from server.mqtt import BrokerError, Link, parse_url
+from server.presets import PRESETS
 from server.routes import BROKER_URL, ROUTES, RUN, blob_etag, json_errors
 from server.run import Run
 from server.store import StateError, Store
@@ -88,10 +89,14 @@ async def serve(config: Config) -> None:
 
     Raises
     ------
-    ManifestError, StateError, BrokerError, OSError
+    ConfigError, ManifestError, StateError, BrokerError, OSError
         When the server cannot start; nothing is listening then.
     """
     artifacts = Artifacts(config.store)
+    if PRESETS[config.method].adapters and artifacts.base.projections != ("adapter",):
+        raise ConfigError(
+            f"--method {config.method} wants adapter experts, {config.store} has none"
+        )
     artifacts.routers()  # a store without its dense blob shall fail now, not after the first round
     store = Store(config.state, artifacts.base.base)
     stop = asyncio.Event()

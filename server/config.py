@@ -1,4 +1,4 @@
-"""The server's command line as one frozen value. Defaults live in `Config` and nowhere else."""
+"""The server's command line as one frozen value. Defaults live in `Config`, those of a method in `presets`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from protocol.messages import Task
 from protocol.objective import Objective
 from server.broker import KINDS
 from server.coverage import DECAY
+from server.presets import OURS, PRESETS, rules_as_flags
 from server.relevance import LAM, RELEVANCE
 from server.rules import Gate, Lora, Members, Robust, Rules, SignConflict, Weighting
 from server.strategies import FIXED
@@ -23,10 +24,12 @@ from server.strategies import FIXED
 _EXAMPLE = """example:
   python -m server --store store --state state --rounds 5 --min-devices 2 --task task.json
   (task.json: {"template": "Text: {text}\\nTopic:", "labels": ["sports", "music"]})"""
+_METHODS = "methods:\n" + "".join(f"  {n:<24}{p.says}\n" for n, p in PRESETS.items()) + "\n"
 INITIAL = ("profile", "prior", "random")
 STRUCTURES = ("none", "freeze", "retry")
 UPLINKS: tuple[Literal["float32", "int8", "int4"], ...] = ("float32", "int8", "int4")
 DOWNLINKS: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
+_OF_METHOD = OURS.settings()
 
 
 class ConfigError(ValueError):
@@ -50,41 +53,44 @@ class Config:
     steps: int = 20
     learning_rate: float = 3e-3
     router_learning_rate: float = 3e-4
-    gate_rate_factor: float = 0.0
-    gate_warmup: int = 0
-    objective: Objective = Objective()
-    uplink: Literal["float32", "int8", "int4"] = "float32"
-    downlink: Literal["float32", "float16"] = "float32"
+    method: str = "ours"
+    gate_rate_factor: float = OURS.gate_rate_factor
+    gate_warmup: int = OURS.gate_warmup
+    objective: Objective = OURS.objective
+    active_below: float = OURS.active_below
+    cap_share: float = OURS.cap_share
+    uplink: Literal["float32", "int8", "int4"] = OURS.uplink
+    downlink: Literal["float32", "float16"] = OURS.downlink
     min_updates: int = 1
     min_devices: int = 1
     deadline: float = 600.0
     per_round: int = 0
-    aggregate: Lora = "svd"
-    gate: Gate = "rows"
-    members: Members = "trained"
-    weighting: Weighting = "tokens"
-    temperature: float = 1.0
-    tau: float = 0.0
-    prior: float = 0.05
-    copy_single: bool = False
-    staleness: float = 0.5
-    clip: float = 0.0
-    sign_conflict: SignConflict = "off"
-    robust: Robust = "mean"
-    gate_blend: float = 0.5
+    aggregate: Lora = OURS.rules.lora
+    gate: Gate = OURS.rules.gate
+    members: Members = OURS.rules.members
+    weighting: Weighting = OURS.rules.weighting
+    temperature: float = OURS.rules.temperature
+    tau: float = OURS.rules.tau
+    prior: float = OURS.rules.prior
+    copy_single: bool = OURS.rules.copy_single
+    staleness: float = OURS.rules.staleness
+    clip: float = OURS.rules.clip
+    sign_conflict: SignConflict = OURS.rules.sign_conflict
+    robust: Robust = OURS.rules.robust
+    gate_blend: float = OURS.rules.gate_blend
     seed: int = 0
-    beta: float = 0.1
-    exploration: float = 0.1
-    coverage: float = 0.5
-    initial: str = "profile"
-    reprofile: int = 10
-    structure: str = "none"
+    beta: float = OURS.beta
+    exploration: float = OURS.exploration
+    coverage: float = OURS.coverage
+    initial: str = OURS.initial
+    reprofile: int = OURS.reprofile
+    structure: str = OURS.structure
     patience: int = 3
     similar: int = 3
-    head_room: float = 0.75
-    relevance: str = "norm"
+    head_room: float = OURS.head_room
+    relevance: str = OURS.relevance
     lam: float = LAM
-    strategy: str = "coverage"
+    strategy: str = OURS.strategy
     decay: float = DECAY
     uplink_bytes: int = 0
     profile: Literal["resident", "full"] = "resident"
@@ -99,8 +105,8 @@ class Config:
     @property
     def rules(self) -> Rules:
         """How updates are combined; raises ValueError for a value out of its range."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(Rules) if f.name != "lora"}
-        return Rules(lora=self.aggregate, **chosen)
+        flags = rules_as_flags({f.name: f.name for f in fields(Rules)})
+        return Rules(**{field: getattr(self, flag) for flag, field in flags.items()})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,23 +114,28 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m server",
         description="Choose experts for devices, lease them work, aggregate their updates.",
-        epilog=_EXAMPLE,
+        epilog=_METHODS + _EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
     def flag(name: str, text: str, **more: Any) -> None:
         value = default[name]
         if isinstance(value, bool):
-            more["action"] = "store_true"
+            of_method = name in _OF_METHOD
+            more["action"] = argparse.BooleanOptionalAction if of_method else "store_true"
         else:
             more.setdefault("type", type(value))
             more.setdefault("metavar", type(value).__name__.upper())
             if value != "":
                 text += f" (default: {value})"
-        p.add_argument(f"--{name.replace('_', '-')}", help=text, default=value, **more)
+        # What is not given stays out, so that the method can say it.
+        p.add_argument(f"--{name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **more)
 
     p.add_argument("--store", type=Path, required=True, help="what export.build wrote")
     p.add_argument("--state", type=Path, required=True, help="adapters, history, database")
+    flag(
+        "method", "sets the flags that make up a method; those given win. See below", metavar="NAME"
+    )
     flag("host", "address to listen on")
     flag("port", "HTTP port, 0 for a free one")
     kinds = "|".join(["auto", *KINDS])
@@ -153,6 +164,16 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE.json",
         help="local objective: what differs from plain cross entropy, see protocol/objective.py",
+    )
+    flag(
+        "active_below",
+        "the objective's `active` is for devices that hold less than this share of the experts, 0: all",
+        metavar="SHARE",
+    )
+    flag(
+        "cap_share",
+        "the objective's `cap`, as a share of what a device holds, 0: as the objective says",
+        metavar="SHARE",
     )
     flag("uplink", "how updates are coded, with error feedback", choices=UPLINKS, metavar=None)
     flag("downlink", "type of the adapter on its way down", choices=DOWNLINKS, metavar=None)
@@ -264,6 +285,8 @@ def check(config: Config) -> Config:
         "beta": (0, 100),
         "exploration": (0, 100),
         "coverage": (0, 1),
+        "active_below": (0, 1),
+        "cap_share": (0, 1),
         "reprofile": (0, 10**6),
         "patience": (1, 10**6),
         "similar": (1, 10**6),
@@ -304,7 +327,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     Raises
     ------
     ConfigError
-        Unreadable task, value out of range.
+        Unreadable task, unknown method, value out of range.
     SystemExit
         From argparse: unknown flags, --help.
     """
@@ -314,4 +337,9 @@ def parse(argv: Sequence[str] | None) -> Config:
         values["task"] = read_task(task)
     if objective is not None:
         values["objective"] = read_objective(objective)
-    return check(Config(**values))
+    method = values.get("method", Config.method)
+    if method not in PRESETS:
+        raise ConfigError(f"--method '{method}' found, one of {', '.join(PRESETS)} wanted")
+    if "router_learning_rate" in values:
+        values.setdefault("gate_rate_factor", 0.0)  # or the method's share would win over it
+    return check(Config(**{**PRESETS[method].settings(), **values}))

@@ -16,7 +16,7 @@ from protocol import tensors
 from protocol.manifest import BaseIndex, Blob, Shape
 from protocol.messages import Lease
 from protocol.objective import Objective
-from server import adapters, expert_values, scaffold, training_set
+from server import adapters, device_objective, expert_values, scaffold, training_set
 from server.choose_experts import Chosen
 from server.expert_values import Floats
 from server.rounds import OpenRound
@@ -40,6 +40,8 @@ class Terms:
     uplink_bytes: int
     gate_warmup: int = 0  # first rounds in which router rows do not learn
     objective: Objective = Objective()
+    active_below: float = 0.0
+    cap_share: float = 0.0
     uplink: Literal["float32", "int8", "int4"] = "float32"
     downlink: Literal["float32", "float16"] = "float32"
     profile: Literal["resident", "full"] = "resident"
@@ -67,7 +69,7 @@ def select(
     known: Mapping[str, Floats],
     trained_counts: NDArray[np.int64] | None,
     trained_mass: Floats | None,
-    former: Mapping[str, Lease],
+    former: Mapping[str, Chosen],
     base: BaseIndex,
     terms: Terms,
 ) -> dict[str, Chosen]:
@@ -75,8 +77,10 @@ def select(
 
     Parameters
     ----------
+    shapes : of the whole fleet, not of the round's devices alone: coverage counts the holders of an expert, and who is
+        not drawn today holds its experts still
     trained_mass : [L, E], see `coverage.faded`
-    former : device -> its last lease, as far as it had one: what it holds now
+    former : device -> what it holds now, see `holdings`
     """
     prior = np.asarray(base.routing_prior, np.float64)
     value = {device: known.get(device, prior) for device in shapes}
@@ -90,7 +94,8 @@ def select(
         # The last round only measures: every device holds what is best for itself.
         coverage=0.0 if command.work == "evaluate" else terms.coverage,
         seed=terms.seed,
-        former=holdings(former, base),
+        former=former,
+        prior=prior,
         past=trained_mass,
     )
     return STRATEGIES[terms.strategy](fleet)
@@ -127,8 +132,9 @@ def write_leases(
     """
     adapter = adapters.read_version(adapter_folder, version)
     train = command.work == "train"
-    objective = terms.objective
-    control = scaffold.read(adapter_folder, version) if objective.scaffold else scaffold.NOTHING
+    control = (
+        scaffold.read(adapter_folder, version) if terms.objective.scaffold else scaffold.NOTHING
+    )
     warm = command.round > terms.gate_warmup
     prior = np.asarray(base.routing_prior, np.float64)
     shared = _Shared(adapter, base, terms, version, blob_folder)
@@ -149,7 +155,7 @@ def write_leases(
         part = adapters.part_for(adapter, rank_of, base)
         if train:
             part |= scaffold.part_for(control, part)
-            if objective.target_balance and trained_counts is not None:
+            if terms.objective.target_balance and trained_counts is not None:
                 part["trained_counts"] = trained_counts.astype(np.float32)
         seed = np.random.SeedSequence([terms.seed, command.round, *device.encode()])
         leases[device] = Lease(
@@ -166,7 +172,14 @@ def write_leases(
             learning_rate=terms.learning_rate,
             router_learning_rate=terms.router_learning_rate if warm else 0.0,
             seed=int(seed.generate_state(1)[0]),
-            objective=objective,
+            objective=device_objective.fitted(
+                terms.objective,
+                shapes[device].slots,
+                experts=base.num_experts,
+                top_k=base.top_k,
+                active_below=terms.active_below,
+                cap_share=terms.cap_share,
+            ),
             uplink=terms.uplink,
             downlink=terms.downlink,
             seconds=terms.deadline,

@@ -4,6 +4,7 @@ Letters: L MoE layers, E experts per layer, P slots of a layer.
 
 "value" gives every device what is best for itself; "coverage" leaves some slots to the experts with the fewest holders
 of this round, "history" to those trained the least over the rounds; "random" is the baseline without any statistics.
+"prior" goes by the base's own routing, whatever devices have measured.
 "theta" is FedMoE's: a device's slots are a total, and each layer gets as many as its threshold asks for. A program has
 its slots fixed, and all of them are filled; so "theta" is for building programs and for simulation.
 """
@@ -11,7 +12,7 @@ its slots fixed, and all of them are filled; so "theta" is for building programs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Fleet:
 
     Attributes
     ----------
+    prior : [L, E], the base's own routing; wanted by "prior" alone
     past : [L, E] trained mass of the rounds before (`coverage.faded`); None: none yet
     alpha : share of a device's slots that "theta" fills; the rest is head-room to grow into
     """
@@ -37,6 +39,7 @@ class Fleet:
     coverage: float
     seed: int
     former: Mapping[str, Chosen] | None = None
+    prior: Floats | None = None
     past: Floats | None = None
     alpha: float = 1.0
 
@@ -54,6 +57,14 @@ def by_coverage(fleet: Fleet) -> dict[str, Chosen]:
 def by_history(fleet: Fleet) -> dict[str, Chosen]:
     """By value, but for a share of the slots: to those trained the least so far, holders of this round included."""
     return _choose(fleet, coverage=fleet.coverage, past=fleet.past)
+
+
+def by_prior(fleet: Fleet) -> dict[str, Chosen]:
+    """As "coverage", by the experts that the base itself uses most: without coverage, the same for all of a size."""
+    if fleet.prior is None:
+        raise ValueError('strategy "prior" wants Fleet.prior')
+    same = dict.fromkeys(fleet.value, fleet.prior)
+    return _choose(replace(fleet, value=same), coverage=fleet.coverage, past=None)
 
 
 def at_random(fleet: Fleet) -> dict[str, Chosen]:
@@ -103,6 +114,7 @@ def _choose(fleet: Fleet, *, coverage: float, past: Floats | None) -> dict[str, 
 STRATEGIES: dict[str, Callable[[Fleet], dict[str, Chosen]]] = {
     "coverage": by_coverage,
     "history": by_history,
+    "prior": by_prior,
     "random": at_random,
     "theta": by_theta,
     "value": by_value,

@@ -96,6 +96,8 @@ class Turns:
             coverage=c.coverage,
             gate_warmup=c.gate_warmup,
             objective=c.rules.objective(c.objective, command.round),
+            active_below=c.active_below,
+            cap_share=c.cap_share,
             uplink=c.uplink,
             downlink=c.downlink,
             strategy=c.strategy,
@@ -105,22 +107,27 @@ class Turns:
             profile_clip=c.profile_clip,
             profile_noise=c.profile_noise,
         )
-        shapes = self.shapes(list(command.devices))
+        known = self._store.devices()
+        fleet = self.shapes(list(known))
         values, counts = self._store.values(), self._store.trained_counts()
-        former, mass = self._store.last_leases(), self._store.trained_mass()
+        former = leases.holdings(self._store.last_leases(), base)
+        mass = self._store.trained_mass()
         values = prediction.complete(
             values,
-            list(shapes),
-            {name: device.rows for name, device in self._store.devices().items()},
+            list(fleet),
+            {name: device.rows for name, device in known.items()},
             np.asarray(base.routing_prior, np.float64),
             initial=c.initial,
             seed=c.seed,
         )
-        chosen = await asyncio.to_thread(
-            leases.select, command, shapes, values, counts, mass, former, base, terms
+        everyone = await asyncio.to_thread(
+            leases.select, command, fleet, values, counts, mass, former, base, terms
         )
+        # All of the fleet count as holders; the devices of the round get leases.
+        shapes = {d: shape for d, shape in fleet.items() if d in command.devices}
+        chosen = {device: everyone[device] for device in shapes}
         states = self.stage_two.begun(command.work, chosen, shapes)
-        chosen = submodels.pin(chosen, shapes, states, leases.holdings(former, base))
+        chosen = submodels.pin(chosen, shapes, states, former)
         made = await asyncio.to_thread(
             leases.write_leases,
             command,

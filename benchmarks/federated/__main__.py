@@ -1,7 +1,7 @@
 """Run a suite of the scoreboard: python -m benchmarks.federated --suite agnews-0.1 --data DIR --out runs
 
-Every run is one file of JSON lines, OUT/<suite>/<method>/<seed>.jsonl, written whole when it ends; what is there already
-is not run again, so a stopped sweep goes on where it was. `python -m benchmarks.federated.page --runs runs` makes tables,
+Every run is one file of JSON lines, OUT/<suite>/<method>/<seed>.jsonl, written whole when it ends; what is there is
+not run again, so a stopped sweep goes on where it was. `python -m benchmarks.federated.page --runs runs` makes tables,
 figures and a page of them.
 """
 
@@ -60,9 +60,12 @@ def checked(args: argparse.Namespace) -> list[plan.Task]:
     for name in args.suite:
         if name not in suites.SUITES:
             raise SweepError(f"--suite {name}: one of {', '.join(suites.SUITES)} wanted")
+    offered = list(methods.METHODS)
+    if not args.tune:
+        offered = list(dict.fromkeys(m.name for s in args.suite for m in methods.methods_of(s)))
     for name in args.method or ():
-        if name not in methods.METHODS:
-            raise SweepError(f"--method {name}: one of {', '.join(methods.METHODS)} wanted")
+        if name not in offered:
+            raise SweepError(f"--method {name}: one of {', '.join(offered)} wanted")
     if not (args.base / "config.json").is_file():
         raise SweepError(f"--base {args.base}: no config.json there")
     if args.tune and args.tuned is None:

@@ -40,9 +40,9 @@ def measure(
 ) -> Measured:
     """Score rows of one task under the adapter that the session has loaded.
 
-    Accuracy chooses the label whose first token is the likeliest of all labels'. F1 and ROUGE-2 are of greedy
-    answers of at most K tokens, and are left out without `generate`. `answer_loss` is nats per answer token. `bias` [V]
-    is what a device adds to the logits of the first answer token (`Objective.label_prior`).
+    Accuracy chooses the label whose first token is the likeliest of all labels'. F1 and ROUGE-2 are of greedy answers
+    of at most K tokens, and are left out without `generate`. `answer_loss` is nats per answer token. `bias` [V] is
+    what a device adds to the logits of the first answer token (`Objective.label_prior`).
     """
     nll, weight, right = 0.0, 0.0, []
     first = None
@@ -76,7 +76,7 @@ def measure(
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def greedy(session: RoutedSession, prompts: Prompter, rows: Sequence[Row]) -> list[str]:
-    """The likeliest answer of at most K tokens to each prompt, with a key-value cache; prompts are padded on the left."""
+    """The likeliest answer of at most K tokens to each prompt, with a cache; prompts are padded on the left."""
     end, model = prompts.end, session.body.model
     answers: list[str] = []
     for at in range(0, len(rows), 64):

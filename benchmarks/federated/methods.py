@@ -1,5 +1,6 @@
 """The methods that are compared, each as one frozen value over the same machinery.
 
+Their settings are those of `server.presets`; what is said here is the scoreboard's own.
 What a method may hold in memory is the client's budget, the same for all; `over_budget` marks those that need more and
 are shown for reference.
 """
@@ -7,9 +8,10 @@ are shown for reference.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from protocol.objective import Objective
+from server.presets import PRESETS
 from server.rules import Rules
 
 Holds = Literal["value", "theta", "random", "prior", "dense", "all"]
@@ -30,6 +32,7 @@ class Method:
     profile : stage 1: values come from the client's own statistics; without, from the base's prior
     structure : stage 2: FedMoE's structural adjustment
     reserve : share of the budget that is kept free for growth (FedMoE's 1 - alpha)
+    active_below : the objective's `active` is for clients with less than this share of the experts; 0: for all
     learning_rate, router_factor, warmup : of the factors; of the router rows, as a share of it; rounds in which these
         rows stay frozen
     tuned_as : the method whose tuned learning rate it takes; empty: its own
@@ -47,6 +50,7 @@ class Method:
     reserve: float = 0.0
     rules: Rules = Rules()
     objective: Objective = Objective()
+    active_below: float = 0.0
     uplink: Literal["float32", "int8", "int4"] = "float32"
     downlink: Literal["float32", "float16"] = "float32"
     learning_rate: float = 0.01
@@ -57,78 +61,51 @@ class Method:
     tuned_as: str = ""
 
 
-FEDAVG = Rules(
-    lora="factors", gate="mean", members="sent", weighting="rows", temperature=0, prior=0
-)
-"""FedIT's: plain means of the factors and of the router."""
-MODULAR = Rules(
-    lora="factors",
-    gate="plain_rows",
-    weighting="rows",
-    temperature=0,
-    prior=0,
-    copy_single=True,
-)
-"""FedMoE's: nobody keeps, one copies, several average."""
+_HOLDS: dict[str, Holds] = {
+    "coverage": "value",
+    "value": "value",
+    "prior": "prior",
+    "random": "random",
+}
 
-OURS = Method(
-    name="ours",
-    coverage=0.5,
-    objective=Objective(z_loss=1e-3, label_prior=1.0),
-    uplink="int8",
-    downlink="float16",
-)
-_FEDIT = Method(name="fedit", holds="prior", profile=False, rules=FEDAVG)
-_FEDMOE = Method(
-    name="fedmoe",
-    holds="theta",
-    relevance="frequency",
-    beta=0.0,
-    structure="freeze",
-    reserve=0.1,
-    rules=MODULAR,
-    objective=Objective(label_smoothing=0.1, balance=0.01),
-)
-_HFEDMOE = Rules(
-    lora="factors",
-    gate="importance",
-    members="sent",
-    weighting="rows",
-    temperature=0,
-    prior=0,
-    tau=0.02,
-)
+
+def _as(name: str, preset: str = "", **own: Any) -> Method:
+    """A preset of the server, of the same name if not said otherwise, and what is the scoreboard's own."""
+    found = PRESETS[preset or name]
+    shared = {
+        "holds": _HOLDS[found.strategy],
+        "relevance": found.relevance,
+        "beta": found.beta,
+        "exploration": found.exploration,
+        "coverage": found.coverage,
+        "profile": found.initial == "profile",
+        "structure": found.structure,
+        "rules": found.rules,
+        "objective": found.objective,
+        "active_below": found.active_below,
+        "uplink": found.uplink,
+        "downlink": found.downlink,
+        "router_factor": found.gate_rate_factor,
+        "warmup": found.gate_warmup,
+    }
+    return Method(name=name, **{**shared, **own})
+
+
+OURS = _as("ours")
+_FEDIT = _as("fedit")
+_FEDMOE = _as("fedmoe", holds="theta", reserve=0.1)
 _METHODS = (
     replace(_FEDIT, name="dense-lora", holds="dense"),
-    Method(name="linear-probe", trains="probe", holds="prior", profile=False, rules=FEDAVG),
+    replace(_FEDIT, name="linear-probe", trains="probe"),
     _FEDIT,
-    replace(_FEDIT, name="fedprox", objective=Objective(prox=1e-2)),
-    replace(_FEDIT, name="scaffold", objective=Objective(scaffold=True)),
-    Method(name="random", holds="random", profile=False, rules=MODULAR),
+    _as("fedprox"),
+    _as("scaffold"),
+    _as("random"),
     _FEDMOE,
-    Method(
-        name="hfedmoe-printed",
-        holds="all",
-        rules=_HFEDMOE,
-        objective=Objective(cap=1, cap_where="backward"),
-        over_budget=True,
-    ),
-    Method(name="hfedmoe-fixed", relevance="mass", rules=replace(Rules(), lora="factors")),
-    Method(
-        name="fft-moe",
-        trains="adapters",
-        holds="prior",
-        profile=False,
-        rules=replace(FEDAVG, members="all"),
-        objective=Objective(target_balance=1e-2, z_loss=1e-3),
-    ),
-    Method(
-        name="flame",
-        relevance="mass",
-        beta=0.0,
-        rules=replace(FEDAVG, gate="rows", members="trained", temperature=1),
-        objective=Objective(active=1, output_scale=True),
-    ),
+    _as("hfedmoe-printed", "hfedmoe", relevance="norm", holds="all", over_budget=True),
+    _as("hfedmoe-fixed"),
+    _as("fft-moe", trains="adapters"),
+    _as("flame"),
     OURS,
     replace(_FEDIT, name="all-experts", holds="all", over_budget=True),
 )
@@ -155,8 +132,8 @@ def _ours(name: str, **how: object) -> Method:
 ABLATIONS = (
     OURS,
     _ours("without-stage-1", profile=False),
-    replace(METHODS["fedmoe"], name="fedmoe-without-stage-1", tuned_as="fedmoe", profile=False),
-    replace(METHODS["fedmoe"], name="fedmoe-without-stage-2", tuned_as="fedmoe", structure="none"),
+    replace(_FEDMOE, name="fedmoe-without-stage-1", tuned_as="fedmoe", profile=False),
+    replace(_FEDMOE, name="fedmoe-without-stage-2", tuned_as="fedmoe", structure="none"),
     _ours("without-coverage", coverage=0.0),
     _ours("relevance-mass", relevance="mass"),
     _ours("relevance-taylor", relevance="taylor"),

@@ -109,7 +109,7 @@ def _shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def device_seconds(world: World, client: str, shape: Shape, steps: int) -> float:
-    """Seconds that training takes a device of the client's kind, from its profile's throughput; a model, not measured."""
+    """Seconds that training takes a device of the client's kind, by its profile's throughput: a model, not measured."""
     number = [c.name for c in world.clients].index(client)
     profile = device_profiles.load(KINDS[number % len(KINDS)])
     base = world.base

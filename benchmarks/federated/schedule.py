@@ -109,7 +109,11 @@ def _over_ray(tasks: Sequence[Task], settings: Settings, address: str) -> list[s
         import ray
     except ImportError as error:
         raise ScheduleError("--ray: the package ray is not installed (pip install ray)") from error
-    ray.init(address=None if address == "local" else address, logging_level=logging.WARNING)
+    try:
+        ray.init(address=None if address == "local" else address, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ScheduleError(f"--ray {address}: no cluster there: {first}") from error
     here = Settings(settings.data.resolve(), settings.base.resolve(), settings.out.resolve())
     remote: Any = ray.remote(num_cpus=1)(work)
     waiting = {remote.remote(task, here): task for task in tasks}

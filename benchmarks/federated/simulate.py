@@ -1,8 +1,8 @@
 """One run: N clients of one method in one process, with the very code of devices and server.
 
 Training and local objectives are `edge.trainer.work` over the fast torch backend; expert values, choice and aggregation
-are `server`'s; bytes are those of the messages' own codecs. What is not run here is the network. The lines that it yields
-are described in `benchmarks/federated/__init__.py`. Letters: L MoE layers, E experts.
+are `server`'s; bytes are those of the messages' own codecs. What is not run here is the network. The lines that it
+yields are described in `benchmarks/federated/__init__.py`. Letters: L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from benchmarks.federated import baselines, measure, metrics, partitions, profil
 from benchmarks.federated.methods import Method
 from benchmarks.federated.partitions import Client
 from benchmarks.federated.world import World
-from edge import feedback, trainer
+from edge import feedback, kept, trainer
 from edge.data import first_by_hash
 from edge.routed_torch import RoutedBackend, RoutedSession
+from edge.run import code
 from edge.session import Resident, Terms
 from export import costs
-from protocol import names, tensors, uplink
+from protocol import names, tensors
 from protocol.manifest import Shape, Slot
 from protocol.objective import Objective
 from server import (
+    accept,
     adapters,
-    choose_experts,
     expert_values,
+    leases,
     scaffold,
     similarity,
     structure,
@@ -39,6 +41,7 @@ from server import (
 )
 from server.aggregate import aggregate
 from server.contribution import from_stats
+from server.rounds import OpenRound, Work
 
 Adapter = dict[str, NDArray[np.float32]]
 Line = dict[str, Any]
@@ -60,10 +63,9 @@ class Fleet:
     values: dict[str, Floats]
     trained: NDArray[np.float64]  # [L, E] tokens so far
     updates: NDArray[np.int64]  # [L, E] updates so far
-    former: dict[str, list[list[int]]] = field(default_factory=dict)
+    former: dict[str, list[list[int]]] = field(default_factory=dict)  # of those that had a lease
     blobs: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
-    kept: dict[str, Adapter] = field(default_factory=dict)
-    carried: dict[str, Adapter] = field(default_factory=dict)
+    kept: dict[str, Adapter] = field(default_factory=dict)  # by the device, see `edge.kept`
     control: scaffold.Control = scaffold.NOTHING
     structures: dict[str, structure.State] = field(default_factory=dict)
     activations: dict[str, Floats] = field(default_factory=dict)
@@ -101,6 +103,21 @@ class Run:
             name: first_by_hash(world.rows(c, "held_back"), world.suite.held_back)
             for name, c in self.clients.items()
         }
+        self.terms = leases.Terms(
+            run=world.suite.name,
+            steps=world.suite.steps,
+            learning_rate=method.learning_rate,
+            router_learning_rate=method.learning_rate * method.router_factor,
+            deadline=0.0,
+            seed=world.seed,
+            exploration=method.exploration,
+            coverage=method.coverage,
+            strategy="random" if method.holds == "random" else "coverage",
+            uplink_bytes=0,
+            gate_warmup=method.warmup,
+            uplink=method.uplink,
+            downlink=method.downlink,
+        )
 
     # What a client can hold.
 
@@ -160,25 +177,18 @@ class Run:
 
     # Rounds.
 
-    def choose(self, round: int) -> dict[str, list[list[int]]]:
-        """Experts of every client, whether it takes part or not: coverage is a matter of the whole fleet."""
+    def choose(self, round: int, work: Work = "train") -> dict[str, list[list[int]]]:
+        """Experts of every client, whether it takes part or not, as the server chooses them."""
         method, fleet = self.method, self.fleet
-        top_k = self.index.top_k
-        rng = np.random.default_rng([self.world.seed, 5])
-        if method.holds in ("prior", "dense", "all"):
-            value = {name: self.prior for name in self.clients}
-        elif method.holds == "random":
-            value = {name: rng.random((self.layers, self.experts)) for name in self.clients}
-        else:
-            bonus = expert_values.exploration_bonus(fleet.updates, round, method.exploration)
-            value = {name: v + bonus for name, v in fleet.values.items()}
-        chosen = choose_experts.choose(
-            value,
-            {name: shape.slots for name, shape in self.shapes.items()},
-            top_k=top_k,
-            coverage=method.coverage,
-            seed=self.world.seed,
-            former=fleet.former if method.structure == "none" else None,
+        chosen = leases.select(
+            OpenRound(round=round, work=work, devices=tuple(self.clients)),
+            self.shapes,
+            {} if method.holds in ("prior", "dense", "all") else fleet.values,
+            fleet.updates,
+            None,
+            fleet.former if method.structure == "none" else {},
+            self.index,
+            self.terms,
         )
         for name, state in fleet.structures.items():
             chosen[name] = [list(ids) for ids in state.held]
@@ -189,9 +199,9 @@ class Run:
         objective = self.method.rules.objective(self.method.objective, round)
         if objective.cap_where == "backward" and objective.cap:
             objective = replace(objective, cap=self.world.slots_each(client))
-        if self.method.name.startswith("flame"):
-            few = self.world.budgets[client] < 0.25
-            objective = replace(objective, active=1 if few else 0)
+        below = self.method.active_below
+        if below and self.world.budgets[client] >= below:
+            objective = replace(objective, active=0)
         return objective
 
     def resident(self, chosen: list[list[int]]) -> Resident:
@@ -208,20 +218,17 @@ class Run:
         return resident
 
     def slice(self, client: str, resident: Resident) -> Adapter:
-        """The adapter of a lease, as it arrives."""
+        """What a lease has of the adapter, before it is rounded for its way down."""
         if self.method.trains != "experts":
             return dict(self.fleet.adapter)
-        shape, part = self.shapes[client], {}
-        for (layer, ids), slots in zip(resident.items(), shape.slots, strict=True):
-            for expert, slot in zip(ids, slots, strict=True):
-                for projection in self.index.projections:
-                    a, b = (names.lora(layer, expert, projection, f) for f in names.FACTORS)
-                    part[a] = self.fleet.adapter[a][: slot.rank]
-                    part[b] = self.fleet.adapter[b][:, : slot.rank]
-                row = names.router_row(layer, expert)
-                part[row] = self.fleet.adapter[row]
+        held = {str(layer): ids for layer, ids in resident.items()}
+        ranks = adapters.ranks(held, self.shapes[client], self.index)
+        return adapters.part_for(self.fleet.adapter, ranks, self.index)
+
+    def delivered(self, part: Adapter) -> Adapter:
+        """The same as a device has it."""
         if self.method.downlink == "float16":
-            part = {n: v.astype(np.float16).astype(np.float32) for n, v in part.items()}
+            return tensors.widened(tensors.narrowed(part))
         return part
 
     def downloaded(self, client: str, resident: Resident, part: Adapter) -> int:
@@ -237,50 +244,78 @@ class Run:
         # The first experts come with the artifact, whatever the method.
         return size + (0 if first else len(new) * blob)
 
-    def uploaded(self, client: str, before: Adapter, result: trainer.Result) -> tuple[Adapter, int]:
-        """What the server gets of an update, and its bytes on the wire."""
-        kind = self.method.uplink
-        sent = result.adapter
-        if kind == "float32":
-            coded: Mapping[str, NDArray[Any]] = {**sent, **result.control}
-        else:
-            change = {n: v - before[n] for n, v in sent.items()}
-            owed = self.fleet.carried.get(client, {})
-            made = feedback.code(change, before, owed, kind)
-            self.fleet.carried[client] = {**owed, **made.kept}
-            coded = made.tensors
-            arrived = uplink.decode(coded, {n: v.shape for n, v in change.items()}, kind)
-            sent = {n: before[n] + v for n, v in arrived.items()}
+    def uploaded(self, client: str, leased: Adapter, result: trainer.Result) -> tuple[Adapter, int]:
+        """What the server gets of an update, control variates among it, and its bytes; notes what the device keeps."""
+        own = self.fleet.kept.get(client, {})
+        coded, owed = code(result, self.delivered(leased), own, self.method.uplink)
+        if new := {**result.kept, **owed}:
+            replaced = (feedback.RESIDUAL, feedback.BASIS)
+            self.fleet.kept[client] = kept.merged(own, new, replaced)
+        wanted = {n: v.shape for n, v in {**result.adapter, **result.control}.items()}
+        ways = self.method.uplink, self.method.downlink
+        sent = accept.arrived(coded, wanted, leased, *ways)
         stats = {f"stats.{n}": v for n, v in result.stats.items()}
         return sent, len(tensors.encode({**coded, **stats}))
 
-    def train_round(self, round: int) -> Line:
-        """One round; returns its line."""
-        world, suite, method, fleet = self.world, self.world.suite, self.method, self.fleet
-        rng = np.random.default_rng([suite.number, world.seed, round])
-        drawn = partitions.sample_round(rng, world.clients, suite.setting, suite.per_round)
+    def draw(self, round: int) -> tuple[dict[str, trainer.Job], list[str]]:
+        """Client -> what a round asks of it, and who of them never delivers."""
+        suite, terms = self.world.suite, self.terms
+        rng = np.random.default_rng([suite.number, self.world.seed, round])
+        drawn = partitions.sample_round(rng, self.world.clients, suite.setting, suite.per_round)
         seeds = {name: int(rng.integers(2**31)) for name in drawn}
-        failed = partitions.failures(rng, drawn, suite.failures)
-        chosen = self.choose(round)
-        fleet.former = chosen
-        contributions, losses, seconds, missed = [], [], {}, []
-        moved: dict[str, Adapter] = {}
-        up = down = parameters = 0
+        chosen, jobs = self.choose(round), {}
         for name in drawn:
             resident = self.resident(chosen[name])
-            part = self.slice(name, resident)
-            shared = scaffold.part_for(fleet.control, part) if method.objective.scaffold else {}
-            down += self.downloaded(name, resident, {**part, **shared})
-            seconds[name] = profiles.device_seconds(world, name, self.shapes[name], suite.steps)
+            jobs[name] = trainer.Job(
+                work="train",
+                resident=resident,
+                trained=self.trains(resident),
+                steps=terms.steps,
+                learning_rate=terms.learning_rate,
+                router_learning_rate=(
+                    terms.router_learning_rate if round > terms.gate_warmup else 0.0
+                ),
+                seed=seeds[name],
+                objective=self.objective(name, round),
+            )
+        return jobs, partitions.failures(rng, drawn, suite.failures)
+
+    def train_round(self, round: int, jobs: Mapping[str, trainer.Job] | None = None) -> Line:
+        """One round; returns its line.
+
+        Parameters
+        ----------
+        jobs : client -> what it is asked to do, in place of what `draw` finds; so the rounds of a real server are
+            played again
+        """
+        world, method, fleet = self.world, self.method, self.fleet
+        failed: list[str] = []
+        if jobs is None:
+            jobs, failed = self.draw(round)
+        drawn = list(jobs)
+        contributions, losses, seconds, missed = [], [], {}, []
+        moved: dict[str, Adapter] = {}
+        results: dict[str, trainer.Result] = {}
+        up = down = parameters = 0
+        counts = fleet.updates.astype(np.float32)  # as they are when the round opens
+        for name, job in jobs.items():
+            fleet.former[name] = [list(ids) for ids in job.resident.values()]
+            leased = self.slice(name, job.resident)
+            shared = scaffold.part_for(fleet.control, leased) if job.objective.scaffold else {}
+            if job.objective.target_balance:
+                shared["trained_counts"] = counts
+            down += self.downloaded(name, job.resident, {**leased, **shared})
+            seconds[name] = profiles.device_seconds(world, name, self.shapes[name], job.steps)
             if name in failed:
                 continue
-            result = self.train(name, round, resident, part, shared, seeds[name])
-            fleet.kept.setdefault(name, {}).update(result.kept)
-            sent, size = self.uploaded(name, part, result)
+            result = self.train(name, job, self.delivered(leased), self.delivered(shared))
+            results[name] = result
+            sent, size = self.uploaded(name, leased, result)
             up += size
+            control = [n for n in sent if n.startswith(names.SCAFFOLD)]
+            if control:
+                moved[name] = {n.removeprefix(names.SCAFFOLD): sent.pop(n) for n in control}
             parameters += sum(value.size for value in sent.values())
-            if result.control:
-                moved[name] = {n.removeprefix(names.SCAFFOLD): v for n, v in result.control.items()}
             contributions.append(
                 from_stats(
                     name,
@@ -297,7 +332,7 @@ class Run:
             got = np.asarray(result.stats["trained_tokens"], np.float64)
             fleet.trained += got
             fleet.updates += got > 0
-            self._learn(name, result)
+        self._learn(results)
         line: Line = {
             "kind": "round",
             "round": round,
@@ -333,34 +368,12 @@ class Run:
             fleet.changes = []
         return line
 
-    def train(
-        self,
-        name: str,
-        round: int,
-        resident: Resident,
-        part: Adapter,
-        shared: Adapter,
-        seed: int,
-    ) -> trainer.Result:
+    def train(self, name: str, job: trainer.Job, part: Adapter, shared: Adapter) -> trainer.Result:
         """The device's side of a lease."""
-        suite, method = self.world.suite, self.method
-        warm = round > method.warmup
-        trained = self.trains(resident)
-        job = trainer.Job(
-            work="train",
-            resident=trained,
-            trained=trained,
-            steps=suite.steps,
-            learning_rate=method.learning_rate,
-            router_learning_rate=method.learning_rate * method.router_factor if warm else 0.0,
-            seed=seed,
-            objective=self.objective(name, round),
-        )
-        if job.objective.target_balance:
-            shared = {**shared, "trained_counts": self.fleet.updates.astype(np.float32)}
         backend: Any = self.backend
         if self.own is not None:
-            backend, self.own.frozen = self.own, resident
+            backend, self.own.frozen = self.own, job.resident
+            job = replace(job, resident=job.trained)
         return trainer.work(
             backend,
             self.base.artifact(self.shapes[name]),
@@ -374,22 +387,32 @@ class Run:
             self.fleet.kept.get(name),
         )
 
-    def _learn(self, name: str, result: trainer.Result) -> None:
-        """What came with an update changes what the server thinks of experts, and stage 2 the client's structure."""
+    def _learn(self, results: Mapping[str, trainer.Result]) -> None:
+        """What came with updates changes what the server thinks of experts, and stage 2 the clients' structures."""
         method, fleet = self.method, self.fleet
         if method.trains != "experts" or method.relevance == "oracle":
             return
-        if method.profile:
-            stats = dict(result.stats)
-            if method.relevance == "labels":  # measured once, over the whole model
-                stats["label_information"] = self.stats[name]["label_information"]
-            fresh = self._values(stats)
-            fleet.values[name] = expert_values.smooth(fleet.values[name], fresh)
-        fleet.activations[name] = similarity.activation(result.stats)
+        for name, result in results.items():
+            if method.profile:
+                stats = dict(result.stats)
+                if method.relevance == "labels":  # measured once, over the whole model
+                    stats["label_information"] = self.stats[name]["label_information"]
+                fresh = self._values(stats)
+                fleet.values[name] = expert_values.smooth(fleet.values[name], fresh)
+            fleet.activations[name] = similarity.activation(result.stats)
         if method.structure != "none":
-            self._adjust(name, result)
+            peers = {
+                name: structure.Peer(
+                    activation=matrix, experts=sum(len(slots) for slots in self.shapes[name].slots)
+                )
+                for name, matrix in fleet.activations.items()
+            }
+            for name, result in results.items():
+                self._adjust(name, result, {n: peer for n, peer in peers.items() if n != name})
 
-    def _adjust(self, name: str, result: trainer.Result) -> None:
+    def _adjust(
+        self, name: str, result: trainer.Result, peers: Mapping[str, structure.Peer]
+    ) -> None:
         """FedMoE's stage 2 after a turn of one client: its experts, and with them the shape of its program."""
         fleet, layers = self.fleet, self.layers
         top_k, experts = self.index.top_k, self.experts
@@ -397,14 +420,6 @@ class Run:
         if state is None:
             held = tuple(tuple(sorted(ids)) for ids in fleet.former[name])
             state = structure.State(held=held)
-        peers = {
-            other: structure.Peer(
-                activation=matrix,
-                experts=sum(len(slots) for slots in self.shapes[other].slots),
-            )
-            for other, matrix in fleet.activations.items()
-            if other != name
-        }
         accuracy = result.after[1]
         report = structure.Report(
             score=accuracy if accuracy >= 0 else -result.after[0],
@@ -477,22 +492,11 @@ class Run:
 
     def device_scores(self, round: int, *, generate: bool) -> Iterator[Line]:
         """Every client's own sub-MoE on its own held-back rows: what the owner of the device gets."""
-        chosen = (
-            choose_experts.choose(
-                self.fleet.values,
-                {name: shape.slots for name, shape in self.shapes.items()},
-                top_k=self.index.top_k,
-                coverage=0.0,
-                seed=self.world.seed,
-                former={},
-            )
-            if self.method.coverage
-            else self.choose(round)
-        )
+        chosen = self.choose(round, "evaluate")
         for name in self.clients:
             resident = self.resident(chosen[name])
             part = trainer.with_kept(
-                self.slice(name, resident),
+                self.delivered(self.slice(name, resident)),
                 self.fleet.kept.get(name, {}),
                 self.objective(name, round),
             )
@@ -507,7 +511,10 @@ class Run:
                     rows,
                     terms,
                     bias=trainer.label_bias(
-                        self.prompts[name], self.rows[name], self.method.objective.label_prior
+                        self.prompts[name],
+                        self.rows[name],
+                        self.method.objective.label_prior,
+                        self.index.vocabulary,
                     ),
                     generate=generate,
                 )

@@ -187,6 +187,7 @@ def test_inputs_and_outputs_are_as_the_manifest_says(artifact):
     adapter = [s.name for s in adapter_specs(base, shape)]
     assert train.names[-len(adapter) :] == evaluate.names[-len(adapter) :] == adapter
     assert train.names[5:12] == [f"objective.{name}" for name in local_objective.INPUTS]
+    assert train.names[12] == "objective.logit_bias"
     seen = [f"layers.{layer}.{s}" for layer in (0, 1) for s in ("routed", "kept", "taylor")]
     assert train.output_names() == ("loss", *seen, *(f"grad.{name}" for name in adapter))
     statistics = [f"layers.{layer}.{s}" for layer in (0, 1) for s in STATISTICS]

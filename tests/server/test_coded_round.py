@@ -34,7 +34,8 @@ def test_coded_rounds_end_near_plain_ones(serve, fleet, tmp_path):
         "--gate-rate-factor",
         "0.5",
     )
-    plain, leases = trained_adapter(serve(*flags), fleet)
+    as_it_is = ("--uplink", "float32", "--downlink", "float32")
+    plain, leases = trained_adapter(serve(*flags, *as_it_is), fleet)
     # Rows are frozen in the first training round, and then learn at half of 3e-3.
     assert [x.router_learning_rate for x in leases["a"]][1:3] == [0, 0.0015]
     (tmp_path / "state").rename(tmp_path / "plain")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge.session import Artifact, load_backend
+from edge.session import PLAIN, Artifact, Terms, load_backend
 from export import families
 from export.families.family import Family
 from export.train_graph import SubModel
@@ -65,12 +65,16 @@ def graph_logits(
 
 
 def gradients(
-    backend: str, artifact: Artifact, resident: reference.Resident, adapter: Arrays
+    backend: str,
+    artifact: Artifact,
+    resident: reference.Resident,
+    adapter: Arrays,
+    terms: Terms = PLAIN,
 ) -> tuple[float, Arrays, dict[int, NDArray[np.float32]]]:
     """Loss, gradients by global name, and routed tokens of one step."""
     session = load_backend(backend).open_train(artifact, resident)
     session.load(adapter)
-    loss, routed = session.forward_backward(setting.batch(artifact.base.vocabulary))
+    loss, routed = session.forward_backward(setting.batch(artifact.base.vocabulary), terms)
     found = {name: value.copy() for name, value in session.gradients().items()}
     session.close()
     return loss, found, routed

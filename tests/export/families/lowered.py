@@ -49,7 +49,7 @@ def artifact(base, family, store, shape, *, programs=True):
     return Artifact(base, manifest, store.folder)
 
 
-def eager(base, family, store, shape, resident, batch, adapter, *, evaluate):
+def eager(base, family, store, shape, resident, batch, adapter, *, evaluate, terms=PLAIN):
     """Output name -> array of `SubModel` without any lowering."""
     model = SubModel(base, family, shape, evaluate)
     read = lambda blob: tensors.decode(store.get(blob))  # noqa: E731
@@ -62,7 +62,7 @@ def eager(base, family, store, shape, resident, batch, adapter, *, evaluate):
     flat = slots.fresh(model.adapter)
     for name, view in slots.views(flat, base, shape, resident).items():
         view[...] = adapter.get(name, 1.0)
-    given |= objective_inputs(PLAIN, resident)
+    given |= objective_inputs(terms, resident, base.vocabulary)
     given |= flat
     for layer, ids in resident.items():
         rows = given[f"layers.{layer}.router_all"]

@@ -155,7 +155,7 @@ def graph_inputs(
     flat = slots.fresh(adapter_specs(base, shape))
     for name, view in slots.views(flat, base, shape, resident).items():
         view[...] = adapter.get(name, 1.0)
-    given |= objective_inputs(PLAIN, resident)
+    given |= objective_inputs(PLAIN, resident, artifact.base.vocabulary)
     for layer, ids in resident.items():
         name = f"layers.{layer}.router_all"
         given[name] = slots.with_deltas(given[name], flat[f"layers.{layer}.router"], ids)
