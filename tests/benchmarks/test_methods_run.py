@@ -17,13 +17,7 @@ from edge.session import Terms
 from export import costs
 from protocol import names
 from protocol.messages import Task
-from tests.edge.conftest import (  # noqa: F401
-    TOPICS,
-    artifact,
-    tiny_checkpoint,
-    tiny_store,
-    tokenizer,
-)
+from tests.edge.conftest import TOPICS
 
 SUITE = Suite(
     name="tiny", number=98, tasks=("a", "b", "c"), setting="enforced-t", clients=6, rounds=2, per_round=5,
@@ -48,7 +42,7 @@ def task(name, seed):
 
 
 @pytest.fixture(scope="module")
-def world(artifact, tokenizer):  # noqa: F811
+def world(artifact, tokenizer):
     """Six clients, two of each of three tasks, with 15 to 50 % of the experts."""
     base = Base(artifact.base, artifact.blobs, tokenizer, costs.dense_of(artifact.base))
     found = {name: task(name, 10 * i) for i, name in enumerate(SUITE.tasks)}
