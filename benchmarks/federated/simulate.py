@@ -85,9 +85,10 @@ class Run:
         self.prior = np.asarray(self.index.routing_prior, np.float64)
         self.clients = {client.name: client for client in world.clients}
         self.stats = profiles.load_or_make(world, self.backend, cache) if method.profile else {}
-        self.values = {name: self._values(s) for name, s in self.stats.items()}
         if method.relevance == "oracle":
             self.values = profiles.oracle(world, self.backend, cache)
+        else:
+            self.values = {name: self._values(s) for name, s in self.stats.items()}
         self.fleet = Fleet(
             adapter=self._fresh(),
             values={name: self.values.get(name, self.prior) for name in self.clients},

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.federated import __main__ as command
 from benchmarks.federated import schedule
-from benchmarks.federated.methods import METHODS
+from benchmarks.federated.methods import ABLATIONS, METHODS, SELECTION, UPLINK
 from benchmarks.federated.plan import Task
 from benchmarks.federated.suites import Suite
 from reference_base import MODEL_DIR
@@ -157,6 +157,16 @@ def test_ray_that_is_not_installed_is_one_line(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(schedule.ScheduleError, match="the package ray is not installed"):
         schedule.run([], replace(settings, out=tmp_path), ray="local")
+
+
+@pytest.mark.slow
+def test_every_method_runs(settings, tmp_path):
+    here, two = replace(settings, out=tmp_path / "runs"), replace(TINY, rounds=2)
+    every = {m.name: m for m in (*SELECTION, *ABLATIONS, *UPLINK, *METHODS.values())}
+    tasks = [Task(two, method, 0) for method in every.values()]
+    assert schedule.run(tasks, here, jobs=1) == []
+    for task in tasks:
+        assert kinds(task.path(here.out))[-1] == "end"
 
 
 @pytest.mark.slow

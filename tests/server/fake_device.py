@@ -261,7 +261,7 @@ class FakeDevice:
         made = {n: v for n, v in made.items() if lease.objective.sends(n)}
         control = {f"scaffold.{n}": np.full_like(v, 0.1) for n, v in made.items()}
         if lease.uplink != "float32" and made:
-            leased = self.adapters[lease.round]
+            leased = self.adapters.get(lease.round) or self.fetch_adapter(lease)
             made = {n: v - leased[n] for n, v in made.items()}
         if lease.objective.scaffold:
             made |= control

@@ -22,6 +22,12 @@ from tests.server.tiny_store import RANK
 SMALL_CHUNKS = ("--chunk-bytes", "1024")
 
 
+@pytest.fixture
+def serve(serve):
+    """Updates as they are: their numbers are compared with what devices made up, and they fill several chunks."""
+    return lambda *flags: serve("--uplink", "float32", "--downlink", "float32", *flags)
+
+
 def leases_of(*devices):
     """A lease for each; a round opens when all are there, so everyone speaks before anyone waits."""
     for device in devices:

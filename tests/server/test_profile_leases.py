@@ -13,7 +13,7 @@ from tests.server import tiny_store
 TERMS = leases.Terms(
     run="r", steps=3, learning_rate=0.1, router_learning_rate=0.01, deadline=60.0, seed=0,
     exploration=0.0, coverage=0.0, profile="full", profile_rows=9, profile_clip=16.0,
-    profile_noise=0.5,
+    profile_noise=0.5, strategy="coverage", uplink_bytes=0,
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def made(folder, *, version, work="profile", terms=TERMS):
     found = leases.write_leases(
         OpenRound(round=0, work=work, devices=tuple(slots)),
         {device: [[0, 1]] * len(base.moe_layers) for device in slots},
-        shapes, base=base, terms=terms, version=version,
+        shapes, {}, base=base, terms=terms, version=version,
         adapter_folder=folder / "adapters", blob_folder=folder / "blobs",
     )  # fmt: skip
     return found, adapter, base, folder / "blobs"
