@@ -135,6 +135,16 @@ ABLATIONS = (
     replace(_FEDMOE, name="fedmoe-without-stage-1", tuned_as="fedmoe", profile=False),
     replace(_FEDMOE, name="fedmoe-without-stage-2", tuned_as="fedmoe", structure="none"),
     _ours("without-coverage", coverage=0.0),
+    _ours("without-label-prior", objective=replace(OURS.objective, label_prior=0.0)),
+    _ours(
+        "without-large-epsilon", objective=replace(OURS.objective, adam_eps=Objective().adam_eps)
+    ),
+    replace(
+        _FEDIT,
+        name="fedit-with-label-prior",
+        tuned_as="fedit",
+        objective=replace(_FEDIT.objective, label_prior=1.0),
+    ),
     _ours("relevance-mass", relevance="mass"),
     _ours("relevance-taylor", relevance="taylor"),
     _ours("relevance-labels", relevance="labels"),

@@ -12,7 +12,7 @@ from benchmarks.federated import suites
 from benchmarks.federated.methods import METHODS, Method, methods_of
 from benchmarks.federated.suites import Suite
 
-RATES = (0.003, 0.01)
+RATES = (0.001, 0.003, 0.01, 0.03)
 TUNING_SEED, TUNING_ROUNDS = 100, 8
 """The worlds that hyper-parameters are tuned in, none of the reported ones, and how long: half a run."""
 

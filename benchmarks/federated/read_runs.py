@@ -81,7 +81,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One file. `seconds` is None while the run has no "end" line."""
+    """One file. `seconds` is None while the run has no "end" line.
+
+    `profile_bytes` are streamed once, before the first round; `last_bytes_down` are those of the last leases, which
+    only measure.
+    """
 
     suite: str
     method: str
@@ -91,6 +95,8 @@ class Run:
     rounds: tuple[Round, ...]
     scores: tuple[Score, ...]
     seconds: float | None
+    profile_bytes: int
+    last_bytes_down: int
 
     @property
     def finished(self) -> bool:
@@ -245,6 +251,7 @@ def read_run(path: Path) -> Run:
     rounds: list[Round] = []
     scores: list[Score] = []
     seconds: float | None = None
+    profile_bytes = last_bytes_down = 0
     for number, text in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
@@ -266,12 +273,14 @@ def read_run(path: Path) -> Run:
             _check_place(path, line)
             clients = _clients(line)
             settings = line.table("settings")
+            profile_bytes = line.count("profile_bytes")
         elif kind == "round":
             rounds.append(_round(line))
         elif kind == "score":
             scores.append(_score(line))
         else:
             seconds = line.number("seconds")
+            last_bytes_down = line.count("bytes_down")
     if head is None:
         return _empty(path)
     return Run(
@@ -283,6 +292,8 @@ def read_run(path: Path) -> Run:
         rounds=tuple(rounds),
         scores=tuple(scores),
         seconds=seconds,
+        profile_bytes=profile_bytes,
+        last_bytes_down=last_bytes_down,
     )
 
 
@@ -310,6 +321,8 @@ def _empty(path: Path) -> Run:
         rounds=(),
         scores=(),
         seconds=None,
+        profile_bytes=0,
+        last_bytes_down=0,
     )
 
 

@@ -16,8 +16,13 @@ def bytes_up(run: Run) -> float:
 
 
 def bytes_down(run: Run) -> float:
-    """Bytes all devices received in the run."""
-    return float(sum(r.bytes_down for r in run.rounds))
+    """Bytes all devices received in the run's leases, the last ones, which only measure, among them."""
+    return float(sum(r.bytes_down for r in run.rounds) + run.last_bytes_down)
+
+
+def profile_bytes(run: Run) -> float:
+    """Bytes of experts that all devices streamed once, to profile the full model before the first round."""
+    return float(run.profile_bytes)
 
 
 def bytes_both(run: Run) -> float:

@@ -491,6 +491,21 @@ class Run:
             "rows": len(windows),
         }
 
+    def last_leases(self) -> int:
+        """Bytes of the last round's leases, in which every client gets what it is measured with."""
+        chosen = self.choose(self.world.suite.rounds, "evaluate")
+        residents = {name: self.resident(ids) for name, ids in chosen.items()}
+        return sum(
+            self.downloaded(name, resident, self.slice(name, resident))
+            for name, resident in residents.items()
+        )
+
+    def profile_bytes(self) -> int:
+        """Bytes of the experts that all clients stream once to profile the full model, where the method does so."""
+        blob = costs.frozen_bytes(self.index, "int4")
+        experts = self.layers * self.experts if self.method.profile else 0
+        return len(self.clients) * experts * blob
+
     def device_scores(self, round: int, *, generate: bool) -> Iterator[Line]:
         """Every client's own sub-MoE on its own held-back rows: what the owner of the device gets."""
         chosen = self.choose(round, "evaluate")
@@ -547,6 +562,7 @@ class Run:
             "suite": world.suite.name,
             "method": method.name,
             "seed": world.seed,
+            "profile_bytes": self.profile_bytes(),
             "settings": {"method": asdict(method), "suite": asdict(world.suite)},
             "clients": {
                 name: {
@@ -589,4 +605,8 @@ def run(
     if not tuning:
         yield from going.global_scores(last, "test", generate=True)
         yield going.forgetting(last, heldout)
-    yield {"kind": "end", "seconds": time.monotonic() - started}
+    yield {
+        "kind": "end",
+        "seconds": time.monotonic() - started,
+        "bytes_down": going.last_leases(),
+    }

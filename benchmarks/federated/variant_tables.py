@@ -74,7 +74,7 @@ def uplink(results: Results) -> Table:
 
     def coding(method: str) -> str:
         run = next(iter(results.runs[method].values()))
-        return str(run.settings.get("uplink", method))
+        return str(run.settings["method"].get("uplink", method))
 
     plain = next((m for m in results.runs if coding(m) == "float32"), None)
     order = ("float32", "int8", "int4")
