@@ -80,7 +80,7 @@ def select(
     shapes : of the whole fleet, not of the round's devices alone: coverage counts the holders of an expert, and who is
         not drawn today holds its experts still
     trained_mass : [L, E], see `coverage.faded`
-    former : device -> what it holds now, see `holdings`
+    former : device -> what it holds now, see `holdings`; for "evaluate", of those that have trained
     """
     prior = np.asarray(base.routing_prior, np.float64)
     value = {device: known.get(device, prior) for device in shapes}
@@ -91,14 +91,23 @@ def select(
         value=value,
         slots={device: shape.slots for device, shape in shapes.items()},
         top_k=base.top_k,
-        # The last round only measures: every device holds what is best for itself.
+        # Who never trained is measured with what is best for itself.
         coverage=0.0 if command.work == "evaluate" else terms.coverage,
         seed=terms.seed,
         former=former,
         prior=prior,
         past=trained_mass,
     )
-    return STRATEGIES[terms.strategy](fleet)
+    chosen = STRATEGIES[terms.strategy](fleet)
+    if command.work == "evaluate":
+        # The last round only measures: what a device trained stays, and nothing is fetched for it.
+        chosen |= {d: held for d, held in former.items() if d in shapes and _fill(shapes[d], held)}
+    return chosen
+
+
+def _fill(shape: Shape, held: Chosen) -> bool:
+    """Whether experts held fill a program's slots; the device may have got another program since."""
+    return [len(ids) for ids in held] == [len(slots) for slots in shape.slots]
 
 
 def holdings(former: Mapping[str, Lease], base: BaseIndex) -> dict[str, Chosen]:

@@ -110,7 +110,10 @@ class Turns:
         known = self._store.devices()
         fleet = self.shapes(list(known))
         values, counts = self._store.values(), self._store.trained_counts()
-        former = leases.holdings(self._store.last_leases(), base)
+        last = self._store.last_leases()
+        if command.work == "evaluate":
+            last = {device: lease for device, lease in last.items() if lease.work == "train"}
+        former = leases.holdings(last, base)
         mass = self._store.trained_mass()
         values = prediction.complete(
             values,

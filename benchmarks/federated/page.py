@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmarks.federated.page_html import anchor, render
 from benchmarks.federated.panels import looks
 from benchmarks.federated.read_runs import Run, RunsError, read_runs
 from benchmarks.federated.results import Results, kind
+from benchmarks.federated.revision import commit
 from benchmarks.federated.tables import to_markdown
 
 TITLE = "Expertfleet: scoreboard"
@@ -116,24 +116,6 @@ def footer(runs: Sequence[Run], command: str) -> list[str]:
 
 def _joined(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or "not recorded"
-
-
-def commit() -> str:
-    """The commit of this program, "+" behind it with changes that are not committed; "not known" outside of git."""
-    here = Path(__file__).parent
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=20
-            ).stdout.strip()
-            for words in (
-                ("rev-parse", "--short=12", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "--", "."),
-            )
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "not known"
-    return f"{head}+" if changes else head
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -82,11 +82,21 @@ def anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
+def _flat(settings: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """Settings of settings with a dot between their names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= (
+            _flat(value, f"{under}{name}.") if isinstance(value, dict) else {under + name: value}
+        )
+    return found
+
+
 def settings_tables(runs: Sequence[Run]) -> list[Table]:
     """Settings that every run shares, and those that differ between methods (seeds joined)."""
     methods: dict[str, dict[str, set[str]]] = {}
     for run in runs:
-        for name, value in run.settings.items():
+        for name, value in _flat(run.settings).items():
             methods.setdefault(run.method, {}).setdefault(name, set()).add(_plain(value))
     names = sorted({name for found in methods.values() for name in found})
     values = {

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.federated import baselines, measure, metrics, partitions, profiles
 from benchmarks.federated.methods import Method
 from benchmarks.federated.partitions import Client
+from benchmarks.federated.revision import commit
 from benchmarks.federated.world import World
 from edge import feedback, kept, trainer
 from edge.data import first_by_hash
@@ -563,7 +564,11 @@ class Run:
             "method": method.name,
             "seed": world.seed,
             "profile_bytes": self.profile_bytes(),
-            "settings": {"method": asdict(method), "suite": asdict(world.suite)},
+            "settings": {
+                "commit": commit(),
+                "method": asdict(method),
+                "suite": asdict(world.suite),
+            },
             "clients": {
                 name: {
                     "tasks": list(client.tasks),

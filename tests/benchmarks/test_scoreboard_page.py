@@ -43,7 +43,8 @@ def lines(suite, method, seed):
         "c01": client | {"predicted_bytes": 90 << 20},
     }
     yield {"kind": "run", "suite": suite, "method": method, "seed": seed,
-           "settings": {"lr": 0.1 if big else 0.2, "rank": 8}, "clients": clients}  # fmt: skip
+           "profile_bytes": 0 if big else 3_000_000, "clients": clients,
+           "settings": {"method": {"lr": 0.1 if big else 0.2, "rank": 8}}}  # fmt: skip
     yield score(0, "agnews", "accuracy", 0.25)
     yield score(0, "squad", "f1", 0.1)
     yield score(0, "squad", "answer_loss", 4.0)
@@ -64,7 +65,7 @@ def lines(suite, method, seed):
         yield {"kind": "score", "round": 2, "scope": "device", "client": client, "split": "held_back",
                "task": "agnews", "metric": "accuracy", "value": value, "rows": 10}  # fmt: skip
     yield score(2, "heldout", "lm_loss", 3.25)
-    yield {"kind": "end", "seconds": 36.0}
+    yield {"kind": "end", "seconds": 36.0, "bytes_down": 2_000_000 if big else 500_000}
 
 
 def put(folder, suite, method, seed, content):
@@ -143,7 +144,9 @@ def test_ours_against_the_best_baseline_of_each_task(even):
 def test_costs_by_hand(even):
     table = costs(even)
     assert column(table, "MB up") == {"ours": "2.0", "fedit": "8.0", "random": "2.0"}
-    assert column(table, "bytes / fedit") == {"ours": "40 %", "fedit": "100 %", "random": "40 %"}
+    assert column(table, "bytes / fedit") == {"ours": "38 %", "fedit": "100 %", "random": "38 %"}
+    assert column(table, "MB down") == {"ours": "2.5", "fedit": "4.0", "random": "2.5"}
+    assert column(table, "MB once, to profile")["ours"] == "3.0"
     assert column(table, "devices in budget") == {
         "ours": "100 %",
         "fedit": "50 %",

@@ -31,8 +31,8 @@ def opened(tmp_path):
         store.register(name, name, 10)
     rounds = iter(range(1, 9))
 
-    def turn(*devices):
-        command = OpenRound(round=next(rounds), work="train", devices=devices)
+    def turn(*devices, work="train"):
+        command = OpenRound(round=next(rounds), work=work, devices=devices)
         return asyncio.run(turns.open(command))
 
     turn.store, turn.turns = tmp_path / "store", turns
@@ -67,3 +67,14 @@ def test_a_device_without_an_artifact_holds_nothing(opened):
     assert list(leases) == ["a", "c"]
     for layer, best in order.items():
         assert {leases[name].resident[layer][2] for name in leases} == set(best[2:])
+
+
+def test_the_last_round_measures_what_was_trained(opened):
+    """Who trained keeps all of it, what it held for coverage too; who did not gets the best for itself."""
+    order = ranked(opened.prior)
+    trained = {name: opened(name)[name].resident for name in ("a", "b")}
+    last = opened("a", "b", "c", work="evaluate")
+    assert {name: last[name].resident for name in ("a", "b")} == trained
+    assert any(trained["a"][layer][2] != trained["b"][layer][2] for layer in order)
+    for layer, best in order.items():
+        assert set(last["c"].resident[layer]) == set(best[:3])
