@@ -57,11 +57,11 @@ def with_prior(logits: torch.Tensor, bias: NDArray[np.float32]) -> torch.Tensor:
     >>> with_prior(z, np.float32([np.log(3), 1e-9, 0])).exp().tolist()  # shares 3 : 1 of what the two labels have
     [[0.30000001192092896, 0.10000000894069672, 0.6000000238418579]]
     """
-    moves = torch.from_numpy(bias)
+    moves = torch.from_numpy(bias).to(logits.device)
     labels = moves != 0
     raw = logits[:, labels]
     shift = raw.logsumexp(-1, keepdim=True) - (raw + moves[labels]).logsumexp(-1, keepdim=True)
-    return logits + torch.where(labels, moves + shift, torch.zeros(()))
+    return logits + torch.where(labels, moves + shift, moves.new_zeros(()))
 
 
 def with_bias(logits: torch.Tensor, terms: Terms, answers: int) -> torch.Tensor:

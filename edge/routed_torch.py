@@ -2,8 +2,9 @@
 
 Attention, norms and head are transformers' own; each sparse block is replaced by `RoutedBlock`, whose experts are one
 autograd function. The dense part and the dequantised experts are shared by all sessions of a process, of which one is
-open at a time. Letters: T tokens, P slots, E experts, k experts per token, R rank, d hidden, f expert width, n tokens
-routed to a slot.
+open at a time. On an accelerator the parameters live there, with a copy on the host for the optimiser.
+
+Letters: T tokens, P slots, E experts, k experts per token, R rank, d hidden, f expert width, n tokens routed to a slot.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         p, d, f = len(ids), self.router.shape[1], frozen[1].shape[2]
         self.rows = self.router[self.ids]
         shapes = ((p, rank, d), (p, 2 * f, rank), (p, rank, f), (p, d, rank), (p, d), (1,))
-        self.parameters_ = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+        self.parameters_ = [self.router.new_zeros(shape).requires_grad_() for shape in shapes]
         with torch.no_grad():
             self.parameters_[5].fill_(1.0)
 
@@ -182,11 +183,12 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         every = x @ (self.rows + delta).t()
         logits = self._capped(every, run) if run.train else every
         if self.closed is not None:
-            logits = logits.index_fill(1, torch.tensor([self.closed]), MASKED)
+            closed = torch.tensor([self.closed], device=x.device)
+            logits = logits.index_fill(1, closed, MASKED)
         g = logits.softmax(-1)
         weight, slot = g.topk(min(self.top_k, len(self.ids)), -1)
         if 0 < run.terms.active < weight.shape[1]:
-            weight = weight * (torch.arange(weight.shape[1]) < run.terms.active)
+            weight = weight * (torch.arange(weight.shape[1], device=x.device) < run.terms.active)
         if self.renormalise:
             weight = weight / weight.sum(-1, keepdim=True)
         self.seen = Seen()
@@ -229,7 +231,7 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         mass = (g * run.valid[:, None]).sum(0) / tokens
         if run.terms.cap_where == "backward":
             mass = _printed_score(g, run.valid, mass)
-        kept = torch.zeros(len(self.ids), dtype=torch.bool)
+        kept = torch.zeros(len(self.ids), dtype=torch.bool, device=logits.device)
         kept[mass.topk(max(cap, min(self.top_k, len(self.ids)))).indices] = True
         if run.terms.cap_where == "both":
             return logits.masked_fill(~kept, MASKED)
@@ -238,14 +240,14 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
 
     def _routed(self, weight: Tensor, slot: Tensor, valid: Tensor) -> Tensor:
         places = ((weight > 0) * valid[:, None]).reshape(-1)
-        return torch.zeros(len(self.ids)).index_add_(0, slot.reshape(-1), places)
+        return places.new_zeros(len(self.ids)).index_add_(0, slot.reshape(-1), places)
 
     def _router_loss(self, logits: Tensor, run: Run) -> Tensor | None:
         terms, valid = run.terms, run.valid
         if not (terms.balance or terms.target_balance or terms.z_loss):
             return None
         tokens, slots, g = valid.sum(), len(self.ids), logits.softmax(-1)
-        loss = torch.zeros(())
+        loss = logits.new_zeros(())
         mean = (g * valid[:, None]).sum(0) / tokens
         if terms.balance:
             assert self.seen.routed is not None
@@ -255,7 +257,7 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
             layer = self.layer
             target = torch.from_numpy(
                 terms.targets.get(layer, np.full(slots, 1 / slots, np.float32))
-            )
+            ).to(logits.device)
             k = terms.active or self.top_k
             kl = (target * (target.clamp_min(1e-9).log() - mean.clamp_min(1e-9).log())).sum()
             loss = loss + terms.target_balance * math.sqrt(slots / k) * kl
@@ -272,7 +274,7 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
         top = torch.zeros_like(g).scatter(1, g.topk(self.top_k, -1).indices, 1.0) * g
         log = torch.where(g > 0, g * torch.log(g.clamp_min(1e-30)), torch.zeros_like(g))
         # The routed experts' outputs once more, one slot at a time: their norms.
-        norms = torch.zeros(len(self.ids))
+        norms = x.new_zeros(len(self.ids))
         factors = [t.detach() for t in self.parameters_[:4]]
         for p in range(len(self.ids)):
             token, place = torch.where(slot == p)
@@ -280,13 +282,13 @@ class RoutedBlock(nn.Module):  # type: ignore[misc]
                 y = self._one(x[token], p, factors)
                 norms[p] = (y.norm(dim=-1) * weight[token, place] * valid[token]).sum()
         return LayerStats(
-            mass=g.sum(0).numpy(),
-            top=top.sum(0).numpy(),
-            g_log_g=log.sum(0).numpy(),
+            mass=_array(g.sum(0)),
+            top=_array(top.sum(0)),
+            g_log_g=_array(log.sum(0)),
             missed=float(valid.sum() - g[:, self.ids].sum()),
-            output_norm=norms.numpy(),
-            peak=g.amax(0).numpy(),
-            high=g.topk(min(run.rare, len(g)), 0).values[-1].numpy(),
+            output_norm=_array(norms),
+            peak=_array(g.amax(0)),
+            high=_array(g.topk(min(run.rare, len(g)), 0).values[-1]),
         )
 
     def _one(self, x: Tensor, p: int, factors: Sequence[Tensor]) -> Tensor:
@@ -307,6 +309,7 @@ class Body:
     model: nn.Module
     blocks: dict[int, RoutedBlock]
     artifact: Artifact
+    device: torch.device
     experts: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def expert(self, position: int, expert: int, format: str) -> tuple[Tensor, Tensor]:
@@ -324,7 +327,7 @@ class Body:
                         f"expert {expert} of layer {base.moe_layers[position]}: {projection} is "
                         f"{list(weight.shape)}, {list(base.features(projection))} wanted"
                     )
-                both.append(torch.from_numpy(weight.astype(np.float32)))
+                both.append(torch.from_numpy(weight.astype(np.float32)).to(self.device))
             self.experts[key] = (both[0], both[1])
         return self.experts[key]
 
@@ -336,8 +339,9 @@ class Body:
         return torch.stack([up for up, _ in pairs]), torch.stack([down for _, down in pairs])
 
 
-def open_body(artifact: Artifact) -> Body:
+def open_body(artifact: Artifact, device: str = "cpu") -> Body:
     """Build the model around empty blocks; raises SessionError for a family that is not in `MODEL_TYPES`."""
+    place = torch.device(device)
     base = artifact.base
     if base.model_type not in MODEL_TYPES:
         raise SessionError(
@@ -352,7 +356,7 @@ def open_body(artifact: Artifact) -> Body:
     renormalise = base.model_type == "mixtral" or bool(base.config.get("norm_topk_prob"))
     blocks = {}
     for layer in base.moe_layers:
-        router = router_of(dense, layer, base)["weight"]
+        router = router_of(dense, layer, base)["weight"].to(place)
         block = RoutedBlock(
             router, renormalise, base.top_k, layer == base.config["num_hidden_layers"] - 1
         )
@@ -360,7 +364,7 @@ def open_body(artifact: Artifact) -> Body:
         blocks[layer] = block
         model.model.layers[layer].mlp = block
     load_dense(model, dense)
-    return Body(model, blocks, artifact)
+    return Body(model.to(place), blocks, artifact, place)
 
 
 class RoutedSession:
@@ -374,13 +378,18 @@ class RoutedSession:
         ):
             ids = resident[layer]
             body.blocks[layer].fill(ids, body.stacked(position, ids, slots), rank)
-        self._values = self._views(lambda parameter: parameter.detach().numpy())
+        # As the host has them: on a CPU, the parameters themselves.
+        self._host = {
+            layer: [parameter.detach().cpu() for parameter in block.parameters_]
+            for layer, block in body.blocks.items()
+        }
+        self._values = self._views(self._host)
         self._taylor: dict[int, NDArray[np.float32]] = {}
 
-    def _views(self, array: Any) -> FloatArrays:
+    def _views(self, tensors: Mapping[int, Sequence[Tensor]]) -> FloatArrays:
         found: FloatArrays = {}
         for (layer, ids), slots in zip(self.resident.items(), self.shape.slots, strict=True):
-            parts = [array(p) for p in self.body.blocks[layer].parameters_]
+            parts = [tensor.numpy() for tensor in tensors[layer]]
             for p, (expert, slot) in enumerate(zip(ids, slots, strict=True)):
                 if slot.rank:
                     for i, projection in enumerate(("gate_up", "down")):
@@ -416,26 +425,39 @@ class RoutedSession:
         rows = max(1, int((batch.valid[:, 0] > 0).sum()))
         row, column = np.minimum(batch.positions // width, rows - 1), batch.positions % width
         places = torch.from_numpy(row * length + np.minimum(column, length - 1)).reshape(-1)
-        unique, back = torch.unique(places, return_inverse=True)
-        valid = torch.from_numpy(np.ascontiguousarray(batch.valid[:rows, :length])).reshape(-1)
+        self._push()
+        places, device = places.to(self.body.device), self.body.device
+        valid = torch.from_numpy(np.ascontiguousarray(batch.valid[:rows, :length]))
         rare = math.ceil(batch.tokens.size / 100)
-        run = Run(valid, terms, train, statistics, rare, unique)
+        unique, back = torch.unique(places, return_inverse=True)
+        run = Run(valid.reshape(-1).to(device), terms, train, statistics, rare, unique)
         for block in self.body.blocks.values():
             block.run = run
         tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens[:rows, :length]))
         # Padding is on the right: the causal mask alone keeps it from every valid token.
-        hidden = self.body.model.model(tokens, use_cache=False).last_hidden_state
+        hidden = self.body.model.model(tokens.to(device), use_cache=False).last_hidden_state
         return hidden.reshape(rows * length, -1)[unique][back]
 
     def logits(self, batch: Batch, terms: Terms = PLAIN) -> Tensor:
-        """[B * K, V] without gradients and statistics."""
+        """[B * K, V] without gradients and statistics, on the host."""
         with torch.no_grad():
-            return self.body.model.lm_head(self.hidden(batch, terms, train=False, statistics=False))
+            hidden = self.hidden(batch, terms, train=False, statistics=False)
+            return self.body.model.lm_head(hidden).cpu()
+
+    def _push(self) -> None:
+        """Bring what the optimiser changed on the host to the device."""
+        if self.body.device.type == "cpu":
+            return
+        with torch.no_grad():
+            for layer, block in self.body.blocks.items():
+                for parameter, value in zip(block.parameters_, self._host[layer], strict=True):
+                    parameter.copy_(value)
 
     def free_run(self) -> None:
         """Let the model be called as it is: every place counts, nothing is noted down."""
+        self._push()
         for block in self.body.blocks.values():
-            block.run = Run(torch.ones(1), PLAIN, False, False, 1, None)
+            block.run = Run(torch.ones(1, device=self.body.device), PLAIN, False, False, 1, None)
 
     def forward_backward(
         self, batch: Batch, terms: Terms = PLAIN
@@ -445,7 +467,7 @@ class RoutedSession:
         for block in blocks.values():
             for parameter in block.parameters_:
                 parameter.grad = None
-        weights = torch.from_numpy(batch.weights).reshape(-1)
+        weights = torch.from_numpy(batch.weights).reshape(-1).to(self.body.device)
         # Rows without weight are not worth a product with the vocabulary.
         asked = weights.nonzero()[:, 0]
         hidden = self.hidden(batch, terms, train=True, statistics=False)[asked]
@@ -454,7 +476,7 @@ class RoutedSession:
             first = (asked % batch.targets.shape[1] == 0).to(logits.dtype)
             logits = torch.where(first[:, None] > 0, with_prior(logits, terms.logit_bias), logits)
         log = F.log_softmax(logits, -1)
-        targets = torch.from_numpy(batch.targets).reshape(-1)[asked]
+        targets = torch.from_numpy(batch.targets).reshape(-1).to(self.body.device)[asked]
         share = weights[asked] / weights.sum()
         nll = -(log.gather(1, targets[:, None])[:, 0] * share).sum()
         loss = nll
@@ -468,7 +490,7 @@ class RoutedSession:
         routed = {}
         for layer, block in blocks.items():
             assert block.seen.routed is not None
-            routed[layer] = block.seen.routed.numpy()
+            routed[layer] = _array(block.seen.routed)
             if terms.cap_where == "backward" and block.kept is not None:
                 for parameter in block.parameters_[:5]:
                     if parameter.grad is not None:
@@ -487,7 +509,11 @@ class RoutedSession:
             for parameter in block.parameters_:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        return self._views(lambda parameter: parameter.grad.numpy())
+        found = {
+            layer: [parameter.grad.cpu() for parameter in block.parameters_]
+            for layer, block in self.body.blocks.items()
+        }
+        return self._views(found)
 
     def evaluate(
         self, batch: Batch, adapter: Mapping[str, NDArray[np.float32]]
@@ -501,7 +527,7 @@ class RoutedSession:
         for layer, block in self.body.blocks.items():
             assert block.seen.stats is not None
             stats[layer] = block.seen.stats
-        return logits.view(*batch.positions.shape, -1).numpy(), stats
+        return _array(logits.view(*batch.positions.shape, -1)), stats
 
     def close(self) -> None:
         """See `TrainSession`."""
@@ -517,10 +543,8 @@ def _printed_score(g: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
 
 def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
     weight, slot = block.seen.weight, block.seen.slot
-    total = torch.zeros(len(block.ids))
-    found: NDArray[np.float32] = total.numpy()  # the same memory
     if weight is None or weight.grad is None or slot is None:
-        return found
+        return np.zeros(len(block.ids), np.float32)
     w, dw = weight.detach(), weight.grad
     change = w * dw
     if block.renormalise and w.shape[1] > 1:
@@ -529,23 +553,29 @@ def _taylor(block: RoutedBlock) -> NDArray[np.float32]:
         rest = change.sum(-1, keepdim=True) - change - dw * others
         alone = others <= 0
         change = torch.where(alone, change, w * rest / others.masked_fill(alone, 1.0))
-    total.index_add_(0, slot.reshape(-1), change.abs().reshape(-1))
+    total = change.new_zeros(len(block.ids))
+    return _array(total.index_add_(0, slot.reshape(-1), change.abs().reshape(-1)))
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = tensor.cpu().numpy()
     return found
 
 
 class RoutedBackend:
-    """Shares one body among its sessions: only one of them is open at a time."""
+    """Shares one body among its sessions: only one of them is open at a time. `device` is torch's name of one."""
 
     name = "torch-routed"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._body: Body | None = None
 
     def body(self, artifact: Artifact) -> Body:
         """The body of the artifact's base, built on first use."""
         body = self._body
         if body is None or body.artifact.base.base != artifact.base.base:
-            body = self._body = open_body(artifact)
+            body = self._body = open_body(artifact, self._device)
         body.artifact = artifact
         return body
 

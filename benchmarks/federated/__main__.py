@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--base", type=Path, default=REFERENCE, help="checkpoint directory")
     p.add_argument("--out", type=Path, default=Path("runs"))
     p.add_argument("--jobs", type=int, default=0, help="processes (default: one per core)")
+    p.add_argument("--device", default="cpu", help="cpu, or cuda where there is one")
     p.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster in place of local processes")
     p.add_argument("--tuned", type=Path, help="learning rates found by --tune, JSON")
     p.add_argument(
@@ -53,6 +54,17 @@ def parser() -> argparse.ArgumentParser:
         help="measure every method's grid on validation rows with one seed, and write the best to --tuned",
     )
     return p
+
+
+def check_device(name: str) -> None:
+    """Whether torch can compute on a device; raises SweepError."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise SweepError(f"--device {name}: torch cannot use it: {first}") from error
 
 
 def checked(args: argparse.Namespace) -> list[plan.Task]:
@@ -68,6 +80,8 @@ def checked(args: argparse.Namespace) -> list[plan.Task]:
             raise SweepError(f"--method {name}: one of {', '.join(offered)} wanted")
     if not (args.base / "config.json").is_file():
         raise SweepError(f"--base {args.base}: no config.json there")
+    if args.ray is None:  # a cluster's machines may have what this one has not
+        check_device(args.device)
     if args.tune and args.tuned is None:
         raise SweepError("--tune: --tuned FILE is wanted, for what it finds")
     try:
@@ -84,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         tasks = checked(args)
-        settings = schedule.Settings(data=args.data, base=args.base, out=args.out)
+        settings = schedule.Settings(args.data, args.base, args.out, args.device)
         failed = schedule.run(tasks, settings, jobs=args.jobs, ray=args.ray)
         if args.tune:
             print(plan.choose(args.out, tasks, args.tuned))

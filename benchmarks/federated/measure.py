@@ -79,7 +79,7 @@ def measure(
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def greedy(session: RoutedSession, prompts: Prompter, rows: Sequence[Row]) -> list[str]:
     """The likeliest answer of at most K tokens to each prompt, with a cache; prompts are padded on the left."""
-    end, model = prompts.end, session.body.model
+    end, model, device = prompts.end, session.body.model, session.body.device
     answers: list[str] = []
     for at in range(0, len(rows), 64):
         asked = [
@@ -93,8 +93,9 @@ def greedy(session: RoutedSession, prompts: Prompter, rows: Sequence[Row]) -> li
             tokens[i, width - len(ids) :] = torch.tensor(ids)
             mask[i, width - len(ids) :] = 1
         session.free_run()
+        tokens, mask = tokens.to(device), mask.to(device)
         cache, given = None, tokens
-        said = torch.zeros(len(asked), 0, dtype=torch.long)
+        said = tokens[:, :0]
         for _ in range(prompts.answers):
             places = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
             out = model.model(
@@ -107,7 +108,7 @@ def greedy(session: RoutedSession, prompts: Prompter, rows: Sequence[Row]) -> li
             cache = out.past_key_values
             given = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
             said = torch.cat((said, given), 1)
-            mask = torch.cat((mask, torch.ones(len(asked), 1, dtype=torch.long)), 1)
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         for ids in said.tolist():
             kept = ids[: ids.index(end)] if end in ids else ids
             answers.append(prompts.tokenizer.decode(kept))

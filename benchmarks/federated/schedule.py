@@ -10,13 +10,14 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.federated.plan import Task
 
 log = logging.getLogger(__name__)
+SHARE = 0.1  # of a GPU for a run on Ray; a run's kernels are small
 
 
 class ScheduleError(ValueError):
@@ -25,11 +26,12 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things are."""
+    """Where things are, and what computes."""
 
     data: Path
     base: Path
     out: Path
+    device: str = "cpu"
 
 
 def finished(path: Path) -> bool:
@@ -62,7 +64,10 @@ def work(task: Task, settings: Settings) -> str:
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     cache = settings.out / ".cache" / base.index.base[:12]
     with open(partial, "w", encoding="utf-8") as file:
-        for line in simulate.run(here, task.method, cache, heldout, tuning=task.tuning):
+        lines = simulate.run(
+            here, task.method, cache, heldout, tuning=task.tuning, device=settings.device
+        )
+        for line in lines:
             file.write(json.dumps(line) + "\n")
     os.replace(partial, path)
     return f"{path.relative_to(settings.out)}: {time.monotonic() - started:.0f} s"
@@ -114,8 +119,10 @@ def _over_ray(tasks: Sequence[Task], settings: Settings, address: str) -> list[s
     except (ConnectionError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ScheduleError(f"--ray {address}: no cluster there: {first}") from error
-    here = Settings(settings.data.resolve(), settings.base.resolve(), settings.out.resolve())
-    remote: Any = ray.remote(num_cpus=1)(work)
+    places = {name: getattr(settings, name).resolve() for name in ("data", "base", "out")}
+    here = replace(settings, **places)
+    gpus = 0 if settings.device == "cpu" else SHARE
+    remote: Any = ray.remote(num_cpus=1, num_gpus=gpus)(work)
     waiting = {remote.remote(task, here): task for task in tasks}
     failed, left = [], list(waiting)
     while left:

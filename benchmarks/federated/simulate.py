@@ -76,12 +76,12 @@ class Fleet:
 class Run:
     """One method in one world."""
 
-    def __init__(self, world: World, method: Method, cache: Path) -> None:
-        """`cache` keeps what is the same for all methods of a world."""
+    def __init__(self, world: World, method: Method, cache: Path, device: str = "cpu") -> None:
+        """`cache` keeps what is the same for all methods of a world; `device` is torch's name of one."""
         self.world, self.method = world, method
         self.base, self.index = world.base, world.base.index
         self.layers, self.experts = len(self.index.moe_layers), self.index.num_experts
-        self.backend = RoutedBackend()
+        self.backend = RoutedBackend(device)
         self.own = baselines.BaselineBackend(method.trains) if method.trains != "experts" else None
         self.prior = np.asarray(self.index.routing_prior, np.float64)
         self.clients = {client.name: client for client in world.clients}
@@ -590,10 +590,14 @@ def run(
     heldout: NDArray[np.int64],
     *,
     tuning: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Line]:
-    """All lines of one run, as they come. With `tuning`, validation rows only and no curves."""
+    """All lines of one run, as they come. With `tuning`, validation rows only and no curves.
+
+    `device` computes the methods that train experts; the two that do not stay on the CPU.
+    """
     started = time.monotonic()
-    going = Run(world, method, cache)
+    going = Run(world, method, cache, device)
     yield going.first_line()
     last = world.suite.rounds
     if not tuning:

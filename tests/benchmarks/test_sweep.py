@@ -129,6 +129,10 @@ def test_a_sweep_goes_on_where_it_was_and_a_failure_ends_nothing_else(settings, 
         (["--suite", "agnews-0.1", "--data", "nowhere"], "--data nowhere: no such folder"),
         (["--suite", "agnews-0.1", "--base", "nowhere"], "--base nowhere: no config.json there"),
         (["--suite", "agnews-0.1", "--tuned", "none.json"], "--tuned none.json: no such file"),
+        (
+            ["--suite", "agnews-0.1", "--device", "nothing"],
+            "--device nothing: torch cannot use it: ",
+        ),
         (["--suite", "agnews-0.1", "--tune"], "--tune: --tuned FILE is wanted"),
     ],
 )

@@ -93,12 +93,17 @@ TERMS = {
 }  # fmt: skip
 
 
+def with_size(terms, tokenizer):
+    """A bias for a vocabulary of this size."""
+    if terms.logit_bias is None:
+        return terms
+    size = tokenizer.get_vocab_size()
+    return dataclasses.replace(terms, logit_bias=np.resize(terms.logit_bias, size))
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_gives_the_gradients_of_the_reference(sessions, batch, adapter, name, tokenizer):
-    terms = TERMS[name]
-    if terms.logit_bias is not None:
-        size = tokenizer.get_vocab_size()
-        terms = dataclasses.replace(terms, logit_bias=np.resize(terms.logit_bias, size))
+    terms = with_size(TERMS[name], tokenizer)
     wanted, found = (step(opened, batch, terms, adapter) for opened in sessions)
     assert found[0] == pytest.approx(wanted[0], abs=1e-5)
     assert found[2].keys() == wanted[2].keys()
@@ -192,6 +197,27 @@ def test_a_closed_slot_gets_no_token_as_if_it_were_not_there(artifact, batch, ad
     there = batch.weights.reshape(-1) > 0
     np.testing.assert_allclose(closed[there], without.logits(batch).numpy()[there], atol=1e-5)
     assert np.abs(closed[there] - plain[there]).max() > 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", TERMS)
+def test_an_accelerator_agrees_with_the_cpu(artifact, batch, adapter, name, tokenizer):
+    """Also after the host changed the parameters, as the optimiser does."""
+    terms = with_size(TERMS[name], tokenizer)
+    here, there = (
+        RoutedSession(open_body(artifact, device), RESIDENT, artifact.manifest.shape)
+        for device in ("cpu", "cuda")
+    )
+    for scale in (1.0, 0.5):
+        moved = {n: (scale * value).astype(np.float32) for n, value in adapter.items()}
+        loss, routed, gradients, _ = step(here, batch, terms, moved)
+        found = step(there, batch, terms, moved)
+        assert found[0] == pytest.approx(loss, abs=1e-4)
+        for n, gradient in gradients.items():
+            np.testing.assert_allclose(found[2][n], gradient, rtol=1e-2, atol=1e-4, err_msg=n)
+        for layer in RESIDENT:
+            np.testing.assert_array_equal(found[1][layer], routed[layer])
+        np.testing.assert_allclose(there.logits(batch), here.logits(batch), atol=1e-3)
 
 
 def test_another_family_is_refused_in_one_line(artifact):
