@@ -14,10 +14,11 @@ from benchmarks.federated import measure
 from benchmarks.federated.world import World
 from edge import trainer
 from edge.data import by_label, first_by_hash
-from edge.routed_torch import RoutedBackend
+from edge.routed_torch import RoutedBackend, RoutedSession
 from edge.statistics import LabelCounts, RoutingSums
 from export import work
 from protocol.manifest import Shape
+from server import expert_values
 
 Stats = dict[str, NDArray[np.float32]]
 ROWS = 32
@@ -40,20 +41,25 @@ def _cached(
     return made
 
 
+def _whole(world: World, backend: RoutedBackend) -> RoutedSession:
+    """The base with all of its experts."""
+    index = world.base.index
+    everyone = {layer: tuple(range(index.num_experts)) for layer in index.moe_layers}
+    shape = world.shape([index.num_experts] * len(index.moe_layers), 4)
+    return backend.open_evaluate(world.base.artifact(shape), everyone)
+
+
 def load_or_make(world: World, backend: RoutedBackend, cache: Path) -> dict[str, Stats]:
     """Statistics of the full model over rows of each client: exactly what `edge.profiling` finds on a device."""
 
     def make() -> dict[str, NDArray[np.float64]]:
-        index = world.base.index
-        everyone = {layer: tuple(range(index.num_experts)) for layer in index.moe_layers}
-        shape = world.shape([index.num_experts] * len(index.moe_layers), 4)
-        session = backend.open_evaluate(world.base.artifact(shape), everyone)
+        index, session = world.base.index, _whole(world, backend)
         flat = {}
         for client in world.clients:
             rows = first_by_hash(world.rows(client, "train"), ROWS)
             prompts = world.prompts_of(client)
             known = 0 if prompts.verbaliser is None else len(prompts.verbaliser.labels)
-            sums = RoutingSums(index.moe_layers, index.num_experts, everyone)
+            sums = RoutingSums(index.moe_layers, index.num_experts, session.resident)
             counts = LabelCounts(index.moe_layers, index.num_experts, known)
             batches = by_label(prompts, rows)
             nobody = lambda: None  # noqa: E731
@@ -72,13 +78,10 @@ def load_or_make(world: World, backend: RoutedBackend, cache: Path) -> dict[str,
 
 
 def oracle(world: World, backend: RoutedBackend, cache: Path) -> dict[str, NDArray[np.float64]]:
-    """Leave-one-out: how much the answer loss of a client's rows grows without each expert, [L, E], floor 0."""
+    """Leave-one-out: how much the answer loss of a client's rows grows without each expert, [L, E] in shares."""
 
     def make() -> dict[str, NDArray[np.float64]]:
-        index = world.base.index
-        everyone = {layer: tuple(range(index.num_experts)) for layer in index.moe_layers}
-        shape = world.shape([index.num_experts] * len(index.moe_layers), 4)
-        session = backend.open_evaluate(world.base.artifact(shape), everyone)
+        index, session = world.base.index, _whole(world, backend)
         found = {}
         for client in world.clients:
             rows = first_by_hash(world.rows(client, "train"), ORACLE_ROWS)
@@ -90,22 +93,16 @@ def oracle(world: World, backend: RoutedBackend, cache: Path) -> dict[str, NDArr
                 ]
 
             full = loss()
-            value = np.zeros((len(index.moe_layers), index.num_experts))
+            without = np.zeros((len(index.moe_layers), index.num_experts))
             for position, layer in enumerate(index.moe_layers):
                 for expert in range(index.num_experts):
                     session.body.blocks[layer].closed = expert
-                    value[position, expert] = loss() - full
+                    without[position, expert] = loss()
                 session.body.blocks[layer].closed = None
-            found[client.name] = value
+            found[client.name] = expert_values.oracle_values(without, full)
         return found
 
-    path = cache / f"oracle-{world.suite.number}-{world.seed}.npz"
-    return {name: _shares(np.maximum(value, 0)) for name, value in _cached(path, make).items()}
-
-
-def _shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    total = x.sum(-1, keepdims=True)
-    return np.divide(x, total, out=np.full_like(x, 1 / x.shape[-1]), where=total > 0)
+    return dict(_cached(cache / f"oracle-{world.suite.number}-{world.seed}.npz", make))
 
 
 def device_seconds(world: World, client: str, shape: Shape, steps: int) -> float:

@@ -33,6 +33,7 @@ from protocol.objective import Objective
 from server import (
     accept,
     adapters,
+    coverage,
     expert_values,
     leases,
     scaffold,
@@ -347,8 +348,8 @@ class Run:
             "loss_first": float(np.mean([x[0] for x in losses])) if losses else None,
             "loss_last": float(np.mean([x[1] for x in losses])) if losses else None,
             "trained_experts": len({k for c in contributions for k in c.trained_tokens}),
-            "never_trained": int((fleet.updates == 0).sum()),
-            "coverage_cv": float(fleet.trained.std() / max(fleet.trained.mean(), 1e-9)),
+            "never_trained": coverage.never_trained(fleet.trained),
+            "coverage_cv": coverage.coverage_cv(fleet.trained),
             "missed_mass": float(np.mean(missed)) if missed else 0.0,
         }
         if contributions:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from benchmarks.federated import partitions, tasks
@@ -147,13 +146,6 @@ class World:
         """The client's memory: what a plain sub-MoE of its share of experts takes, rank 4."""
         layers = len(self.base.index.moe_layers)
         return self.base.predicted_bytes(self.shape([self.slots_each(client)] * layers, 4))
-
-    def tokens_of(self, name: str) -> NDArray[np.int64]:
-        """First answer token of each of a task's labels."""
-        first = [
-            data.encode(self.base.tokenizer, " " + label)[0] for label in self.tasks[name].labels
-        ]
-        return np.array(first, np.int64)
 
 
 def make(suite: Suite, seed: int, base: Base, folder: Path) -> World:

@@ -1,12 +1,9 @@
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.federated import metrics
-from edge.data import Row
 
 WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "mat", "A", "1999"]), max_size=8)
 
@@ -77,40 +74,6 @@ def test_text_scores_are_by_row():
         metrics.text_scores("accuracy", [], [])
     with pytest.raises(ValueError, match="argument 2"):
         metrics.text_scores("f1", ["a"], [])
-
-
-def test_right_looks_at_the_labels_first_tokens_alone():
-    logits = np.zeros((3, 9))
-    logits[:, 8] = 99.0  # no label begins with it
-    logits[0, 5], logits[1, 2], logits[2, 2] = 1.0, 1.0, 1.0
-    assert metrics.right(logits, [2, 5], [1, 0, 1]).tolist() == [True, True, False]
-
-
-def test_label_numbers():
-    rows = [Row("x", "b"), Row("y", "a")]
-    assert metrics.label_numbers(rows, ("a", "b")).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="label 'b' found, one of a, c wanted"):
-        metrics.label_numbers(rows, ("a", "c"))
-
-
-def test_answer_losses_by_hand():
-    logits = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [[0.2, 0.2, 0.6]] * 2]))
-    targets, weights = np.array([[0, 2], [2, 0]]), np.array([[1.0, 1.0], [1.0, 0.0]])
-    sums, tokens = metrics.answer_losses(logits + 50, targets, weights)
-    assert sums == pytest.approx([-math.log(0.5) - math.log(0.8), -math.log(0.6)])
-    assert tokens.tolist() == [2, 1]
-
-
-def test_what_was_said_ends_at_the_end_token():
-    class Letters:
-        def decode(self, ids):
-            return "".join(chr(i) for i in ids)
-
-    tokens = [ord(c) for c in " ab"] + [0, ord("c")]
-    assert metrics.said(Letters(), tokens, 0) == "ab"
-    assert metrics.said(Letters(), tokens[:3], 0) == "ab"
-    assert metrics.said(Letters(), [0], 0) == ""
-    assert metrics.said(Letters(), tokens, None) == "ab\0c"
 
 
 @given(st.lists(st.booleans(), max_size=40))
