@@ -153,6 +153,7 @@ ABLATIONS = (
     _ours("lora-ffa", rules=replace(OURS.rules, lora="ffa")),
     _ours("lora-alternate", rules=replace(OURS.rules, lora="alternate")),
     _ours("lora-fedsa", rules=replace(OURS.rules, lora="fedsa")),
+    _ours("lora-stack", rules=replace(OURS.rules, lora="stack"), over_budget=True),
 )
 UPLINK = tuple(_ours(f"ours-{kind}", uplink=kind) for kind in ("float32", "int8", "int4"))
 

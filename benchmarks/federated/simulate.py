@@ -7,6 +7,7 @@ yields are described in `benchmarks/federated/__init__.py`. Letters: L MoE layer
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.federated import baselines, measure, metrics, partitions, profiles
+from benchmarks.federated import baselines, measure, metrics, partitions, profiles, stacked
 from benchmarks.federated.methods import Method
 from benchmarks.federated.partitions import Client
 from benchmarks.federated.revision import commit
@@ -82,7 +83,11 @@ class Run:
         self.world, self.method = world, method
         self.base, self.index = world.base, world.base.index
         self.layers, self.experts = len(self.index.moe_layers), self.index.num_experts
+        self.stacks = None
         self.backend = RoutedBackend(device)
+        if method.rules.lora == "stack":
+            self.stacks = stacked.Stacks(narrow=method.downlink == "float16")
+            self.backend = stacked.DenseBackend(self.stacks.dense, device)
         self.own = baselines.BaselineBackend(method.trains) if method.trains != "experts" else None
         self.prior = np.asarray(self.index.routing_prior, np.float64)
         self.clients = {client.name: client for client in world.clients}
@@ -132,7 +137,8 @@ class Run:
     def _room(self, client: str) -> int:
         """Experts in all layers together whose predicted peak is within the client's budget."""
         count, budget = self.experts, self.world.budget_bytes(client)
-        while count > self.index.top_k and self.predicted(self._even(count)) > budget:
+        # Stacking gets as many experts as the other rules; that it needs more memory for them is in its lines.
+        while count > self.index.top_k and self.predicted(self._even(count), False) > budget:
             count -= 1
         return count * self.layers
 
@@ -159,8 +165,8 @@ class Run:
         slot = Slot(format=shape.slots[0][0].format, rank=1)
         return replace(shape, slots=tuple((slot,) * count for _ in shape.slots))
 
-    def predicted(self, shape: Shape) -> int:
-        """Peak bytes of training `shape` under this method."""
+    def predicted(self, shape: Shape, changed: bool = True) -> int:
+        """Peak bytes of training `shape` under this method; `changed`: with the dense change that stacking keeps."""
         base, method = self.base, self.method
         if method.trains != "experts":
             slots = sum(len(x) for x in shape.slots)
@@ -173,6 +179,9 @@ class Run:
         total = base.predicted_bytes(shape)
         if method.objective.scaffold:  # the server's and the client's own control variates
             total += 2 * 4 * costs.parameter_floats(self.index, shape)
+        if changed and self.stacks is not None:
+            weights = sum(math.prod(self.index.features(p)) for p in self.index.projections)
+            total += stacked.CHANGE_BYTES * weights * sum(len(x) for x in shape.slots)
         return total
 
     def _values(self, stats: Mapping[str, NDArray[np.float32]]) -> Floats:
@@ -235,12 +244,15 @@ class Run:
         return part
 
     def downloaded(self, client: str, resident: Resident, part: Adapter) -> int:
-        """Bytes of a lease: its adapter, and the experts that the client has never had."""
+        """Bytes of a lease: its adapter (or stacks, see `stacked.Stacks.sent`), and experts new to the client."""
+        wanted = {(layer, e) for layer, ids in resident.items() for e in ids}
+        changes = 0
+        if self.stacks is not None:
+            part, changes = stacked.without_factors(part), self.stacks.sent(client, wanted)
         wide = np.float16 if self.method.downlink == "float16" else np.float32
-        size = len(tensors.encode({n: v.astype(wide) for n, v in part.items()}))
+        size = changes + len(tensors.encode({n: v.astype(wide) for n, v in part.items()}))
         had = self.fleet.blobs.setdefault(client, set())
         first = not had
-        wanted = {(layer, e) for layer, ids in resident.items() for e in ids}
         new = wanted - had
         had |= wanted
         blob = costs.frozen_bytes(self.index, "int4")
@@ -356,6 +368,10 @@ class Run:
             projections = self.index.projections if method.trains == "experts" else ("adapter",)
             folded = aggregate(fleet.adapter, contributions, projections, method.rules)
             fleet.adapter = folded.adapter
+            if self.stacks is not None:
+                fleet.adapter = self.stacks.absorb(
+                    folded, projections, rank=method.rank, round=round
+                )
             if moved:
                 shapes = {n: v.shape for n, v in folded.adapter.items()}
                 fleet.control = scaffold.advance(fleet.control, moved, shapes)
