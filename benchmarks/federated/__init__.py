@@ -7,6 +7,6 @@ Lines of a run, OUT/<suite>/<method>/<seed>.jsonl, in order: "run" (settings and
 "round" (who took part, bytes, losses, coverage) and "score" as rounds go by, "score" at the end, "end" (seconds, and
 bytes of the last leases). A score's scope is "global", the model with all experts on rows that no client has, or
 "device", a client's own sub-MoE on its own held-back rows; its split is "validation", "test" or "held_back". The task
-"heldout" with the metric lm_loss is the loss on text like that of pretraining: the measure of forgetting. Device seconds
-are modelled from profiles, not measured.
+"heldout" with the metric lm_loss is the loss on text like that of pretraining: the measure of forgetting.
+Device seconds are modelled from profiles, not measured.
 """
