@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from benchmarks.federated import baselines
-from benchmarks.federated.methods import FEDAVG
 from edge.data import Row, prompter
 from edge.session import PLAIN, Terms
 from protocol import names
 from server.aggregate import aggregate
 from server.contribution import from_stats
+from server.presets import FEDAVG
 from tests.benchmarks import tiny_world
 
 RESIDENT = {0: (5, 0, 3, 2), 1: (4, 1, 2)}

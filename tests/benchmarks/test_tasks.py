@@ -88,6 +88,10 @@ def load(folder, name, tokenizer, **more):
     return tasks.load(folder, name, tokenizer, sequence=SEQUENCE, answers=ANSWERS, **more)
 
 
+def shown(folder, name, tokenizer):
+    return tasks.shown(folder, name, tokenizer, sequence=SEQUENCE, answers=ANSWERS)
+
+
 NAMES = ["agnews", "squad", "xsum", tasks.short(SENTIMENT), tasks.short(QUOREF)]
 
 
@@ -113,11 +117,22 @@ def test_agnews_is_balanced_and_its_labels_begin_differently(folder, tokenizer):
     found = load(folder, "agnews", tokenizer, validation=40, test=100)
     assert Counter(row.label for row in found.validation) == dict.fromkeys(tasks.AGNEWS, 10)
     assert Counter(row.label for row in found.test) == dict.fromkeys(tasks.AGNEWS, 25)
-    assert len(found.train) == 360  # the rows that were there twice are there once
+    # The rows that were there twice are there once, a tenth is nobody's.
+    assert len(found.train) == 360 - len(shown(folder, "agnews", tokenizer))
     assert found.groups == tuple(row.label for row in found.train)
     firsts = [data.encode(tokenizer, " " + label)[0] for label in found.labels]
     assert len(set(firsts)) == 4
     assert found.train[0].text.endswith("\nTopic:")
+
+
+@pytest.mark.parametrize("name", ["agnews", "squad", "xsum"])
+def test_a_tenth_of_the_training_rows_is_for_the_base_alone(folder, tokenizer, name):
+    found = load(folder, name, tokenizer)
+    nobodys = {row.text for row in shown(folder, name, tokenizer)}
+    clients = {row.text for row in found.train + found.validation}
+    assert not nobodys & clients
+    assert not nobodys & {row.text for row in found.test}
+    assert 0.05 < len(nobodys) / (len(nobodys) + len(clients)) < 0.2
 
 
 def test_squad_windows_hold_their_answers_at_many_places(folder, tokenizer):
@@ -129,12 +144,15 @@ def test_squad_windows_hold_their_answers_at_many_places(folder, tokenizer):
         assert row.label in context
         if row.label.startswith("middle"):  # with words enough on both sides
             places.append(context.index(row.label) / len(context))
-    assert len(places) == 80
+    # A paragraph that is nobody's takes all its three rows along.
+    nobodys = shown(folder, "squad", tokenizer)
+    assert len(places) == 80 - len(nobodys) / 3
     assert np.ptp(places) > 0.8
     assert np.std(places) > 0.2
     # The questions about one paragraph stay together: their rows have its number.
     number = lambda row: row.text.split("number ")[1].split()[0]  # noqa: E731
     assert not {number(r) for r in found.train} & {number(r) for r in found.validation}
+    assert not {number(r) for r in nobodys} & {number(r) for r in found.train + found.validation}
     assert set(found.groups) == {f"topic {i}" for i in range(8)}
     assert found.metric == "f1"
 

@@ -8,7 +8,7 @@ import pytest
 from edge import trainer
 from edge.adamw import AdamW
 from edge.corrections import Control, pull_back
-from edge.session import Batch
+from edge.session import PLAIN, Batch
 from edge.statistics import RoutingSums
 from protocol.objective import Objective
 
@@ -26,11 +26,15 @@ class Quadratic:
     def parameters(self):
         return self.w
 
-    def forward_backward(self, batch):
+    def forward_backward(self, batch, terms=PLAIN):
+        assert terms == PLAIN  # neither is in a program's graph
         return float((self.h * (self.w[NAME] - self.t) ** 2).sum() / 2), {}
 
     def gradients(self):
         return {NAME: self.h * (self.w[NAME] - self.t)}
+
+    def taylor(self):
+        return {}
 
 
 def job(rate, **objective):

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from edge import feedback
 from protocol import lora, names, uplink
-from server.aggregate import Contribution, aggregate
+from server.aggregate import aggregate
+from server.contribution import Contribution
+from server.rules import Rules
 
 RANK, FEATURES, OUT = 4, 48, 40
 A, B, ROW = (
@@ -158,10 +160,10 @@ def lost(mode, kind, rule, rounds=60, seed=0):
             ROW: adapter[ROW],
         }
         both = [
-            Contribution(device=name, tensors=tensors, weights={(0, 0): 1.0})
+            Contribution(device=name, tensors=tensors, trained_tokens={(0, 0): 1.0})
             for name, tensors in (("a", mine), ("b", other))
         ]
-        adapter = aggregate(adapter, both, ("up",), rule=rule, prior=0.0).adapter
+        adapter = aggregate(adapter, both, ("up",), Rules(lora=rule, prior=0.0)).adapter
     return np.linalg.norm(owed) / np.linalg.norm(total)
 
 

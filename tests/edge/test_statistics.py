@@ -86,7 +86,8 @@ def test_label_information_by_hand():
     np.testing.assert_allclose(label_information(counts), [raw0 * left, raw1 * left])
 
 
-@given(hnp.arrays(np.float64, (2, 4, 3), elements=st.floats(0, 1000)))
+# What devices count is sums of float32.
+@given(hnp.arrays(np.float64, (2, 4, 3), elements=st.floats(0, 1000, width=32)))
 def test_shares_add_up_to_the_mutual_information_less_its_bias(counts):
     got = label_information(counts)
     assert got.shape == (2, 4)
@@ -119,9 +120,11 @@ def test_the_correction_takes_chance_away():
 
 
 def test_only_batches_of_one_label_are_counted():
-    counts = LabelCounts((1,), 2, 2)
+    counts, nothing = LabelCounts((1,), 2, 2), np.zeros(2, np.float32)
     stats = lambda *top: {  # noqa: E731
-        1: LayerStats(*(np.array(top, np.float32),) * 3, 0.0, np.zeros(1, np.float32))
+        1: LayerStats(
+            *(np.array(top, np.float32),) * 3, 0.0, np.zeros(1, np.float32), nothing, nothing
+        )
     }
     rows = batch([0, 0, -1], [[0]] * 3, [[1]] * 3)
     rows.valid[2] = 0  # an empty row of a batch that is not full

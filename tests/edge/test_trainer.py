@@ -7,7 +7,7 @@ import pytest
 
 from edge import slots, trainer
 from edge.data import Row, by_label, prompter
-from edge.session import LayerStats, load_backend
+from edge.session import PLAIN, LayerStats, load_backend
 from protocol.messages import Task
 from protocol.objective import Objective
 
@@ -50,7 +50,7 @@ class Fake:
     def parameters(self):
         return self.values
 
-    def forward_backward(self, batch):
+    def forward_backward(self, batch, terms=PLAIN):
         self.steps += 1
         routed = {layer: np.full(len(ids), 10, np.float32) for layer, ids in RESIDENT.items()}
         return self.loss(self.steps), routed
@@ -240,26 +240,26 @@ def test_control_variates_come_and_go(artifact, setting):
 
 
 def test_the_targets_of_the_balance_follow_the_steps(artifact, setting):
-    """The session gets terms only when there are some; a device of one label is asked for the routing it has."""
+    """Without an objective the terms are plain; a device of one label is asked for the routing it has."""
 
     class Listening(Fake):
         heard = ()
 
-        def forward_backward(self, batch, *terms):
+        def forward_backward(self, batch, terms=PLAIN):
             self.heard = (*self.heard, terms)
             routed = {0: np.float32([8, 0, 0, 0]), 1: np.float32([1, 1, 2])}
             return super().forward_backward(batch)[0], routed
 
     plain = Listening(artifact)
     run(plain, artifact, setting)
-    assert plain.heard == ((),) * 3
+    assert plain.heard == (PLAIN,) * 3
     prompts, rows, adapter, job = setting
     job = dataclasses.replace(job, objective=Objective(target_balance=0.1, z_loss=0.5))
     for text, level in (("sport", False), (None, True)):
         mine = [Row(r.text, text or r.label) for r in rows]
         listening = Listening(artifact)
         trainer.work(listening, artifact, adapter, job, prompts, mine[:7], mine[7:], lambda: None)
-        first, last = listening.heard[0][0], listening.heard[-1][0]
+        first, last = listening.heard[0], listening.heard[-1]
         assert (first.target_balance, first.z_loss, first.cap) == (0.1, 0.5, 0)
         np.testing.assert_allclose(first.targets[0], [0.25] * 4)  # the fake's router is even
         want = [0.25] * 4 if level else [0.25 * 0.81 + 0.19, *[0.25 * 0.81] * 3]

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 import device_profiles
-from export import build, costs, items, outline, plan
+from export import build, costs, families, items, outline, plan
 from export.blob_store import BlobStore
 from export.build import main
 from export.plan import Choices
@@ -139,20 +139,23 @@ def test_explain_says_where_every_byte_goes(store, tiny_checkpoint, small_profil
 
 
 BASE = outline.of(
-    {
-        "model_type": "olmoe",
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
+    families.complete(
+        {
+            "model_type": "olmoe",
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        },
+        "here",
+    )
 )
 
 

@@ -68,7 +68,7 @@ def test_sub_models_activations_and_versions_are_there_after_a_reopening(tmp_pat
     assert from_json(store.structures()["a"], 1, 2) == State(held=((1,),))
     counts = np.array([[0, 1]])
     store.close_round(
-        1, 1, "{}", {}, counts, over=False, activations={"a": np.array([[0.25, 0.75]])},
+        1, 1, "{}", {}, counts, 0.5 * counts, over=False, activations={"a": np.array([[0.25, 0.75]])},
         expert_versions=counts, structures={"a": to_json(state)},
     )  # fmt: skip
     store.close()

@@ -75,7 +75,8 @@ def test_every_fixed_strategy_fills_all_slots_and_is_deterministic(seed, name):
     rng = np.random.default_rng(seed)
     slots = [[FULL] * int(n) for n in rng.integers(1, 9, 3)]
     value = {d: rng.random((3, 8)) - 0.2 for d in "abcd"}
-    asked = fleet(value, slots, past=rng.random((3, 8)) * 5, top_k=2)
+    past, prior = rng.random((3, 8)) * 5, rng.random((3, 8))
+    asked = fleet(value, slots, past=past, prior=prior, top_k=2)
     got = STRATEGIES[name](asked)
     assert got == STRATEGIES[name](asked)
     for layers in got.values():

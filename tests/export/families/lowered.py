@@ -14,7 +14,7 @@ from export.checkpoint import Checkpoint
 from export.programs import Programs, lower_programs
 from export.slice_base import slice_base
 from export.train_graph import SubModel
-from protocol import PROTOCOL_VERSION, packing, tensors
+from protocol import PROTOCOL_VERSION, names, packing, tensors
 from protocol.manifest import Manifest, MemoryPlan
 from tests.export.families.setting import NO_PROGRAM
 
@@ -80,3 +80,15 @@ def rounded(weight, format):
     """A matrix as its blob gives it back."""
     packed = packing.quantize(weight.detach().numpy(), format)
     return torch.from_numpy(packing.dequantize(*packed, format))
+
+
+def check_gradients(found, wanted):
+    """Those of an adapter are held to the largest of an adapter, an output scale's, which sums over all, to its own."""
+    assert set(found) == set(wanted)
+    scales = {name for name in wanted if names.parse(name) is None}
+    largest = max(np.abs(g).max() for name, g in wanted.items() if name not in scales)
+    for name, gradient in wanted.items():
+        size = np.abs(gradient).max() if name in scales else largest
+        np.testing.assert_allclose(found[name], gradient, atol=2e-4 * size, err_msg=name)
+    assert all(wanted[name].any() for name in scales)
+    assert sum(g.any() for g in wanted.values()) > len(wanted) // 2

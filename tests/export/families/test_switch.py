@@ -68,6 +68,7 @@ def reference(checkpoint, resident, shape, adapter, batch):
         checkpoint, attn_implementation="eager"
     ).eval()
     leaves = {n: torch.from_numpy(v).requires_grad_(True) for n, v in adapter.items()}
+    leaves |= {names.output_scale(n): torch.ones(1, requires_grad=True) for n in resident}
     places = switch.places(json.loads((checkpoint / "config.json").read_bytes()))
     weights = {
         name: lowered.rounded(p, "int8") if packing.packs(tuple(p.shape)) else p.detach()
@@ -89,6 +90,10 @@ def reference(checkpoint, resident, shape, adapter, batch):
         del weights[f"{at}.router.classifier.weight"]
         rows, absent = torch.stack(rows), torch.ones(tiny_switch.EXPERTS, dtype=torch.bool)
         absent[list(ids)] = False
+        scale = leaves[names.output_scale(layer)]
+        model.get_submodule(f"{at}.experts").register_forward_hook(
+            lambda module, args, out, scale=scale: out * scale
+        )
         model.get_submodule(f"{at}.router.classifier").register_forward_hook(
             lambda module, args, out, rows=rows, absent=absent: (args[0] @ rows.T).masked_fill(
                 absent, float("-inf")
@@ -112,18 +117,10 @@ def reference(checkpoint, resident, shape, adapter, batch):
     if leaves:
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         gradients = {
-            name: np.zeros_like(adapter[name]) if g is None else g.numpy()
-            for name, g in zip(leaves, found, strict=True)
+            name: np.zeros_like(leaf.detach().numpy()) if g is None else g.numpy()
+            for (name, leaf), g in zip(leaves.items(), found, strict=True)
         }
     return logits.detach().numpy(), float(loss.detach()), gradients
-
-
-def check_gradients(found, wanted):
-    assert set(found) == set(wanted)
-    largest = max(np.abs(g).max() for g in wanted.values())
-    for name, gradient in wanted.items():
-        np.testing.assert_allclose(found[name], gradient, atol=2e-4 * largest, err_msg=name)
-    assert sum(g.any() for g in wanted.values()) > len(wanted) // 2
 
 
 def test_layers_are_numbered_through_both_stacks(made):
@@ -193,7 +190,7 @@ def test_a_slice_is_transformers_with_absent_experts_masked(made, checkpoint):
     assert trained["loss"] == pytest.approx(loss, abs=1e-5)
     assert trained["layers.1.routed"].sum() == 19
     assert trained["layers.3.routed"].sum() == 5
-    check_gradients(trained["gradients"], gradients)
+    lowered.check_gradients(trained["gradients"], gradients)
 
 
 def test_executorch_is_transformers(made, checkpoint):
@@ -210,7 +207,7 @@ def test_executorch_is_transformers(made, checkpoint):
     found, routed = session.forward_backward(BATCH)
     assert found == pytest.approx(loss, abs=1e-4)
     assert routed[3].sum() == 5
-    check_gradients(session.gradients(), gradients)
+    lowered.check_gradients(session.gradients(), gradients)
     session.close()
     reader = backend.open_evaluate(on_disk, RESIDENT)
     answered, stats = reader.evaluate(BATCH, adapter)
