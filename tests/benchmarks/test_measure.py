@@ -106,8 +106,8 @@ def test_a_bias_for_a_label_makes_it_the_answer(session, world):
     """A prior moves labels against each other, so that all of them have one, as `edge.trainer.label_bias` gives."""
     task, prompts = world.tasks["topics"], world.prompts
     bias = np.zeros(prompts.tokenizer.get_vocab_size(), np.float32)
-    bias[world.tokens_of("topics")] = -1e3
-    bias[world.tokens_of("topics")[1]] = -1e-3
+    bias[prompts.verbaliser.first] = -1e3
+    bias[prompts.verbaliser.first[1]] = -1e-3
     found = measure.measure(session, prompts, task, list(task.validation), bias=bias)
     wanted = [row.label == task.labels[1] for row in task.validation]
     assert found.right.tolist() == wanted
