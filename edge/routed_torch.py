@@ -126,7 +126,7 @@ class Experts(torch.autograd.Function):  # type: ignore[misc]
             at += n
         dx = None
         if dxs is not None:
-            dx = torch.zeros(ctx.tokens, xs.shape[1]).index_add_(0, token, dxs)
+            dx = xs.new_zeros(ctx.tokens, xs.shape[1]).index_add_(0, token, dxs)
         scaled = [g.mul_(s) for g in grads]
         return dx, dweight.view(ctx.tokens, ctx.k), None, None, *scaled
 
