@@ -51,7 +51,7 @@ class Server:
         shape = tiny_store.shape(PROFILES[profile]) if profile in PROFILES else None
         return FakeDevice(self.url, name, profile, self.base, shape, **more)
 
-    def wait_line(self, pattern: str, seconds: float = 20.0) -> str:
+    def wait_line(self, pattern: str, seconds: float = 60.0) -> str:
         """The first line of the log that matches."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -70,8 +70,8 @@ class Server:
         self._reap()
 
     def _reap(self) -> None:
-        self.process.wait(10)
-        self._reader.join(10)
+        self.process.wait(60)
+        self._reader.join(60)
         self.process.stdout.close()
         self.process.stderr.close()
 

@@ -99,7 +99,7 @@ class FakeDevice:
         profile: str,
         base: BaseIndex,
         shape: Shape | None,
-        patience: float = 20.0,
+        patience: float = 60.0,
     ):
         self.url, self.device, self.profile, self.base, self.shape = (
             url,
@@ -119,7 +119,7 @@ class FakeDevice:
 
     def get(self, path: str, headers: dict | None = None) -> bytes:
         with urllib.request.urlopen(
-            urllib.request.Request(self.url + path, headers=headers or {}), timeout=10
+            urllib.request.Request(self.url + path, headers=headers or {}), timeout=60
         ) as r:
             return r.read()
 
@@ -134,7 +134,7 @@ class FakeDevice:
             )
         )
         request = urllib.request.Request(self.url + "/v1/devices", data=body, method="POST")
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             self.welcome = messages.expect(Welcome, response.read())
         return self.welcome
 

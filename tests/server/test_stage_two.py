@@ -39,13 +39,13 @@ def test_a_plateau_shrinks_a_restart_forgets_nothing_and_no_gain_undoes_it(serve
         "--similar", "2", "--head-room", "1",
     )  # fmt: skip
     kinds = {"a": "small", "b": "small", "c": "large"}
-    devices = [fleet(server.device(name, kind, patience=60)) for name, kind in kinds.items()]
+    devices = [fleet(server.device(name, kind)) for name, kind in kinds.items()]
     turn(0, *devices)
     first = turn(1, *devices)["c"]
     assert [len(first.trained[i]) for i in "01"] == [2, 3]
     second = turn(2, *devices)["c"]  # 0.5 again: no improvement for one turn
     assert second.trained == first.trained
-    wait_for(lambda: len(history(server)) == 3, 60)
+    wait_for(lambda: len(history(server)) == 3)
     before = experts(devices[0])
     c = before["devices"]["c"]
     assert [len(ids) for ids in c["structure"]["held"]] == [2, 2]
@@ -85,14 +85,14 @@ def test_a_growing_sub_model_takes_free_slots(serve, fleet):
     )  # fmt: skip
     # Two large ones; one of them is told to hold more than the other.
     a, b = (
-        fleet(server.device("a", "large", patience=60)),
-        fleet(server.device("b", "large", patience=60)),
+        fleet(server.device("a", "large")),
+        fleet(server.device("b", "large")),
     )
     turn(0, a, b)
     leases = turn(1, a, b)
     assert [len(leases["a"].trained[i]) for i in "01"] == [2, 2]
     assert [len(leases["a"].resident[i]) for i in "01"] == [3, 4]
-    wait_for(lambda: len(history(server)) == 2, 60)
+    wait_for(lambda: len(history(server)) == 2)
     server.kill()
     with sqlite3.connect(server.state / "state.sqlite") as db:
         (text,) = db.execute("SELECT state FROM structures WHERE device = 'b'").fetchone()
@@ -103,13 +103,13 @@ def test_a_growing_sub_model_takes_free_slots(serve, fleet):
     server.start()
     a.url = b.url = server.url
     turn(2, a, b)
-    wait_for(lambda: len(history(server)) == 3, 60)
+    wait_for(lambda: len(history(server)) == 3)
     assert {d: s["kind"] for d, s in history(server)[2]["structure"].items()} == {
         "a": "grow", "b": "shrink",
     }  # fmt: skip
     third = turn(3, a, b, accuracy_after=0.75)["a"]
     assert [len(third.trained[i]) for i in "01"] == [2, 3]
-    wait_for(lambda: len(history(server)) == 4, 60)
+    wait_for(lambda: len(history(server)) == 4)
     assert {s["kind"] for s in history(server)[3]["structure"].values()} == {"keep"}
 
 
@@ -130,7 +130,7 @@ def test_without_stage_one_training_comes_first(serve, fleet, initial):
         "--rounds", "2", "--min-devices", "2", "--initial", initial, "--reprofile", "1",
         "--exploration", "0", "--coverage", "0",
     )  # fmt: skip
-    devices = [fleet(server.device("a", patience=60)), fleet(server.device("b", patience=60))]
+    devices = [fleet(server.device("a")), fleet(server.device("b"))]
     leases = run_all(devices)
     assert [x.work for x in leases["a"]] == ["train", "train", "evaluate"]
     if initial == "prior":
@@ -143,7 +143,7 @@ def test_without_stage_one_training_comes_first(serve, fleet, initial):
 
 def test_profiling_comes_again(serve, fleet):
     server = serve("--rounds", "3", "--min-devices", "1", "--reprofile", "2")
-    device = fleet(server.device("a", patience=60))
+    device = fleet(server.device("a"))
     leases = run_all([device])["a"]
     assert [x.work for x in leases] == ["profile", "train", "train", "profile", "train", "evaluate"]
     status = json.loads(device.get("/v1/run"))
