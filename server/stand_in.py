@@ -5,7 +5,7 @@ Letters: E experts of a layer, R residents in slot order, D numbers of a fingerp
 Masked, a token's routing weight goes to whatever else is resident, by the router. With a map, the weight of an absent
 expert goes to the resident whose output is most like it. With a merged stand-in, the absent experts become one, an
 average by how often and how strongly they are used (Flux, arXiv 2508.19078). REAP (arXiv 2510.13999) finds that merging
-loses the router's control over its experts, so none of them is the rule: compare.
+loses the router's control over its experts. `benchmarks.stand_in` compares them on real text: devices mask.
 """
 
 from __future__ import annotations
