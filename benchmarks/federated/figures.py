@@ -54,7 +54,7 @@ def suite_figures(results: Results, look: Mapping[str, Look]) -> list[Figure]:
         shown = [
             pair
             for pair in results.measures
-            if any(results.mean_curve(m, scope, *pair)[0] for m in methods)
+            if any(len(results.mean_curve(m, scope, *pair)[0]) > 1 for m in methods)
         ]
         # Accuracy, F1 and ROUGE-2 before the losses.
         shown.sort(key=lambda pair: (pair[1] not in PRIMARY, pair))
@@ -74,7 +74,7 @@ def suite_figures(results: Results, look: Mapping[str, Look]) -> list[Figure]:
             name=f"{results.suite}_tension",
             title="Coverage against relevance",
             caption="Left: up is better for the owners of the devices, right is better for the operator. "
-            "Right: left is cheaper. Bars: 95 % interval over seeds.",
+            "Right: left is cheaper. Bars: lowest and highest seed.",
             panels=[tension(results, look), traffic(results, look)],
             methods=(),
             columns=2,

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the raw lines")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--tuned", type=Path, help="learning rates found by --tune, to be shown")
     parser.add_argument("--ours", default="ours", help="method compared with the baselines")
     parser.add_argument("--reference", default="fedit", help="method whose bytes are 100 %%")
     arguments = parser.parse_args(argv)
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out,
             ours=arguments.ours,
             reference=arguments.reference,
+            tuned=arguments.tuned,
             command=shlex.join(["python", "-m", "benchmarks.federated.page", *words]),
         )
     except (RunsError, OSError) as error:
@@ -62,9 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(runs: Sequence[Run], out: Path, *, ours: str, reference: str, command: str) -> Path:
+def write(
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    ours: str,
+    reference: str,
+    command: str,
+    tuned: Path | None = None,
+) -> Path:
     """Write everything into `out`; returns the page's path."""
     finished = [run for run in runs if run.finished]
+    tuning = [page_sections.tuning_section(tuned)] if tuned else []
     suites = [
         Results(name, finished, ours=ours, reference=reference)
         for name in sorted({run.suite for run in finished})
@@ -80,6 +91,7 @@ def write(runs: Sequence[Run], out: Path, *, ours: str, reference: str, command:
         *page_sections.robustness_section(leading),
         *page_sections.selection_section(suites, look),
         *(page_sections.variant_section(r) for r in others),
+        *tuning,
         page_sections.absent(runs),
     ]
     (out / "tables").mkdir(parents=True, exist_ok=True)

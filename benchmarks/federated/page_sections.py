@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from benchmarks.federated.compare import Interval
 from benchmarks.federated.cost_tables import costs, robustness
 from benchmarks.federated.figures import selection_figure, suite_figures
 from benchmarks.federated.page_html import Section
 from benchmarks.federated.panels import Look
-from benchmarks.federated.read_runs import Run
+from benchmarks.federated.read_runs import Run, RunsError
 from benchmarks.federated.results import SCOPES, SELECTION, Results, kind
 from benchmarks.federated.run_facts import bytes_both
 from benchmarks.federated.score_tables import (
@@ -46,11 +48,12 @@ def all_runs(results: Results) -> list[Run]:
 def _ours_beside_best(results: Results, scope: str) -> list[Cell | str]:
     ours = results.ours
     ranking = results.ranking(scope)
-    rivals = [m for m, i in ranking if m in results.rivals() and not math.isnan(i.mean)]
+    possible = [m for m in results.rivals() if not results.for_reference(m)]
+    rivals = [m for m, i in ranking if m in possible and not math.isnan(i.mean)]
     means: dict[str, Interval] = dict(ranking)
     if ours not in means or not rivals:
         return [NONE] * 5
-    place = sum(m in results.rivals() for m, _ in ranking[: [m for m, _ in ranking].index(ours)])
+    place = sum(m in possible for m, _ in ranking[: [m for m, _ in ranking].index(ours)])
     difference = results.difference(ours, rivals[0], scope, results.primary)
     cells: list[Cell | str] = [
         mean_cell(means[ours]),
@@ -85,7 +88,8 @@ def overview(suites: Sequence[Results]) -> Section:
         tables.append(
             Table(
                 title=f"{SCOPE_WORDS[scope]}: ours and the best baseline by mean of tasks",
-                caption=f"{SEEDS_RULE} The difference has the 95 % interval of the hierarchical bootstrap; "
+                caption=f"{SEEDS_RULE} Methods that hold every expert on every device are no baselines here: they "
+                "stand in the suites' tables. The difference has the 95 % interval of the hierarchical bootstrap; "
                 "Student's paired interval is in the hint.",
                 header=header,
                 rows=rows,
@@ -170,6 +174,41 @@ def variant_section(results: Results) -> Section:
         table = variants(results, f"Beside {results.ours}", results.ours)
     title = f"{word}: {results.suite}"
     return Section(title=title, text=text, tables=[table], figures=[], runs=all_runs(results))
+
+
+def tuning_section(path: Path) -> Section:
+    """The grid of learning rates, what each method scored on validation rows, and the rate it got.
+
+    Raises RunsError for a file that `python -m benchmarks.federated --tune` has not written.
+    """
+    tables = []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for tasks, methods in sorted(found.items()):
+            rates = sorted({float(r) for m in methods.values() for r in m["grid"]})
+            rows: list[list[Cell | str]] = []
+            for name, tuned in sorted(methods.items()):
+                grid = {float(r): float(score) for r, score in tuned["grid"].items()}
+                chosen = float(tuned["learning_rate"])
+                cells = [
+                    Cell(
+                        text=number(grid[r], 3) if r in grid else NONE, mark="best" * (r == chosen)
+                    )
+                    for r in rates
+                ]
+                rows.append([name, *cells])
+            header = ("method", *(f"{r:g}" for r in rates))
+            tables.append(Table(title=tasks, caption="", header=header, rows=rows))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunsError(f"{path}: not a file of tuned values: {error}") from error
+    return Section(
+        title="Learning rates",
+        text="Every method was run with every rate, half as many rounds, in one world that is not among those above, "
+        "and got the rate with the best score (bold): the mean of the global model's and the devices' on rows that "
+        "are not test rows; accuracy where every task has it, else minus the answer loss.",
+        tables=tables,
+        figures=[],
+    )
 
 
 def absent(runs: Sequence[Run]) -> Section:

@@ -42,13 +42,18 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A method in a scatter, with half the width of its intervals; 0 where there is none."""
+    """A method in a scatter: means over seeds, and the lowest and highest seed of each."""
 
     name: str
     x: float
     y: float
-    half_x: float = 0.0
-    half_y: float = 0.0
+    across: tuple[float, float]
+    along: tuple[float, float]
+
+
+def _ends(values: Mapping[int, float]) -> tuple[float, float]:
+    """Lowest and highest seed."""
+    return min(values.values()), max(values.values())
 
 
 def _half(interval: Interval) -> float:
@@ -140,16 +145,14 @@ def _name_points(axes: Axes, points: Sequence[Point], look: Mapping[str, Look]) 
     frame = axes.get_window_extent()
     taken: list[Box] = []
     for point in points:
-        (x, y), dx, dy = place(point.x, point.y), point.half_x, point.half_y
-        taken.append((x - 4, y - 4, x + 4, y + 4))
-        if dx > 0:
-            taken.append(
-                (place(point.x - dx, point.y)[0], y - 1, place(point.x + dx, point.y)[0], y + 1)
-            )
-        if dy > 0:
-            taken.append(
-                (x - 1, place(point.x, point.y - dy)[1], x + 1, place(point.x, point.y + dy)[1])
-            )
+        x, y = place(point.x, point.y)
+        left, right = (place(end, point.y)[0] for end in point.across)
+        low, high = (place(point.x, end)[1] for end in point.along)
+        taken += [
+            (x - 4, y - 4, x + 4, y + 4),
+            (left, y - 1, right, y + 1),
+            (x - 1, low, x + 1, high),
+        ]
     for point in sorted(points, key=lambda p: -p.y):
         x, y = place(point.x, point.y)
         width, height = 4.6 * len(point.name) + 2, 9.0
@@ -178,12 +181,12 @@ def _name_points(axes: Axes, points: Sequence[Point], look: Mapping[str, Look]) 
 
 
 def _scatter(axes: Axes, points: Sequence[Point], look: Mapping[str, Look]) -> None:
-    """Points with their intervals and names."""
+    """Points with their seeds' ranges and names."""
     for point in points:
         style = look[point.name]
         for x, y in (
-            ([point.x - point.half_x, point.x + point.half_x], [point.y, point.y]),
-            ([point.x, point.x], [point.y - point.half_y, point.y + point.half_y]),
+            (point.across, (point.y, point.y)),
+            ((point.x, point.x), point.along),
         ):
             axes.plot(x, y, color=style.colour, linewidth=1, alpha=0.4, zorder=1)
         size = 8 if style.wide else 5.5
@@ -202,10 +205,9 @@ def tension(results: Results, look: Mapping[str, Look]) -> Draw:
         for method in results.runs:
             found = [results.task_means(method, scope) for scope in SCOPES]
             if all(found):
-                x, y = (t_interval(list(f.values())) for f in found)
-                points.append(
-                    Point(name=method, x=x.mean, y=y.mean, half_x=_half(x), half_y=_half(y))
-                )
+                x, y = (float(np.mean(list(f.values()))) for f in found)
+                ends = [_ends(f) for f in found]
+                points.append(Point(name=method, x=x, y=y, across=ends[0], along=ends[1]))
         axes.set(
             title="Global model against devices",
             xlabel="global model, mean of tasks %",
@@ -227,8 +229,8 @@ def traffic(results: Results, look: Mapping[str, Look]) -> Draw:
             found = results.task_means(method, "global")
             both = results.over_seeds(method, run_facts.bytes_both)
             if found and both is not None and both.mean > 0:
-                y = t_interval(list(found.values()))
-                points.append(Point(name=method, x=both.mean / 1e6, y=y.mean, half_y=_half(y)))
+                x, y = both.mean / 1e6, float(np.mean(list(found.values())))
+                points.append(Point(name=method, x=x, y=y, across=(x, x), along=_ends(found)))
         axes.set(
             title="Bytes against score",
             xlabel="MB up and down per run (log scale)",

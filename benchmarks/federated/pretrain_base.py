@@ -1,7 +1,7 @@
 """The benchmark's base: the reference base, trained further on text of the tasks' domains.
 
     python -m benchmarks.federated.pretrain_base --data DIR --out news --minutes 24
-    python -m benchmarks.federated.pretrain_base --data DIR --from news --out base --minutes 6 --shown
+    python -m benchmarks.federated.pretrain_base --data DIR --from news --out base --minutes 3 --threads 2 --shown
 
 A pretrained model has seen the news before it is fine-tuned on them, and knows what a question is; the reference base
 does not, and under strong label skew nothing learns from it. So it goes on, first with unlabelled text: AG News

@@ -334,7 +334,8 @@ def read_runs(folder: Path) -> list[Run]:
     RunsError
         A malformed line, or a folder without any run.
     """
-    runs = [read_run(path) for path in folder.glob("*/*/*.jsonl")]
+    # A sweep keeps its cut base and its caches in folders with a dot.
+    runs = [read_run(path) for path in folder.glob("[!.]*/[!.]*/*.jsonl")]
     if not runs:
         raise RunsError(f"{folder}: found no run, wanted <suite>/<method>/<seed>.jsonl files")
     return sorted(runs, key=lambda run: (run.suite, run.method, run.seed))

@@ -133,6 +133,11 @@ class Results:
             if m != self.ours and not m.startswith(f"{self.ours}-") and m not in NO_RIVALS
         )
 
+    def for_reference(self, method: str) -> bool:
+        """Whether a method needs far more memory than the devices have, on purpose."""
+        runs = self.runs[method].values()
+        return any(run.settings.get("method", {}).get("over_budget", False) for run in runs)
+
     def values(
         self, method: str, seed: int, scope: str, task: str, metric: str, split: str = ""
     ) -> dict[int, Value]:

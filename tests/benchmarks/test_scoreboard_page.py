@@ -3,11 +3,12 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks.federated import page
+from benchmarks.federated import page, page_sections
 from benchmarks.federated.cost_tables import costs, robustness
 from benchmarks.federated.read_runs import RunsError, read_run, read_runs
 from benchmarks.federated.results import Results
@@ -78,6 +79,8 @@ def put(folder, suite, method, seed, content):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
+    (folder / ".base" / "cut").mkdir(parents=True)
+    (folder / ".base" / "cut" / "slicing.jsonl").write_text('{"done": 1}\n')  # not a run
     for suite in ("even", "skewed"):
         for method in ACCURACY:
             for seed in range(3):
@@ -287,3 +290,35 @@ def test_a_diverged_run_is_shown_as_such(tmp_path):
         column(scores(results, "global"), "squad, answer loss, nats", key=1)["ours"] == "diverged"
     )
     assert "| diverged |" in to_markdown(scores(results, "global"))
+
+
+def test_the_grid_of_learning_rates_is_shown(folder, tmp_path):
+    tuned = tmp_path / "tuned.json"
+    grid = {"ours": {"grid": {"0.003": 0.7312, "0.01": 0.5}, "learning_rate": 0.003}}
+    tuned.write_text(json.dumps({"agnews": grid}))
+    flags = ["--runs", str(folder), "--out", str(tmp_path / "out"), "--tuned", str(tuned)]
+    assert page.main(flags) == 0
+    table = (tmp_path / "out" / "tables" / "learning-rates.md").read_text()
+    assert "| ours | **0.731** | 0.500 |" in table
+
+
+def test_a_file_that_is_no_grid_is_one_line(folder, tmp_path, capsys):
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text('{"agnews": {"ours": 3}}')
+    flags = ["--runs", str(folder), "--out", str(tmp_path / "out"), "--tuned", str(tuned)]
+    assert page.main(flags) == 2
+    found = capsys.readouterr().err
+    assert f"{tuned}: not a file of tuned values" in found
+    assert found.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_that_hold_everything_are_no_baselines_of_the_overview(folder):
+    runs = [
+        replace(run, settings={"method": {"over_budget": run.method == "fedit"}})
+        for run in read_runs(folder)
+    ]
+    [results] = [Results("even", runs, ours="ours", reference="fedit")]
+    table = page_sections.overview([results]).tables[0]
+    assert column(table, "best baseline") == {"even": "random"}
+    assert column(table, "rank") == {"even": "1 of 2"}
