@@ -61,8 +61,11 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "kept.safetensors"
 
-    def read(self, run: str) -> FloatArrays:
-        """float32 arrays of this run, as views of the file's mapping; empty when there is nothing of this run."""
+    def read(self, run: str, without: tuple[str, ...] = ()) -> FloatArrays:
+        """float32 arrays of this run, as views of the file's mapping; empty when there is nothing of this run.
+
+        What begins with one of `without` is not looked at, so that its pages take no memory.
+        """
         if not self.path.exists():
             return {}
         try:
@@ -73,7 +76,11 @@ class Kept:
         mark = found.pop(_RUN, None)
         if mark is None or mark.dtype != np.uint8 or mark.tobytes() != run.encode():
             return {}
-        return {n: v for n, v in found.items() if v.dtype == np.float32 and np.isfinite(v).all()}
+        return {
+            n: v
+            for n, v in found.items()
+            if not n.startswith(without) and v.dtype == np.float32 and np.isfinite(v).all()
+        }
 
     def write(self, run: str, arrays: Arrays) -> None:
         """Replace the file; raises OSError."""

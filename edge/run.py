@@ -240,8 +240,10 @@ def fulfil(device: Device, here: Attendance, lease: messages.Lease) -> Parcel | 
         log.info(
             "lease=%s fetched, %.2f MB down so far", lease.lease, device.cache.bytes_down / 1e6
         )
-        own = device.kept.read(lease.run)
+        # What coding owes is as large as the adapter, and training has no use for it.
+        own = device.kept.read(lease.run, without=(feedback.RESIDUAL, feedback.BASIS))
         result, limit = work(device, here, lease, job, adapter, check, shared, own)
+        own = device.kept.read(lease.run)
         sent, owed = code(result, adapter, own, lease.uplink)
     except trainer.Abandoned:
         log.warning("lease=%s is no longer wanted: given up", lease.lease)

@@ -120,10 +120,10 @@ class LabelCounts:
 
     def add(self, batch: Batch, stats: Mapping[int, LayerStats]) -> None:
         """Count a batch; one without labels, or with several, is passed over."""
-        found = np.unique(batch.labels[batch.valid.any(-1)])
-        if len(found) == 1 and found[0] >= 0:
+        found = set(batch.labels[batch.valid.any(-1)].tolist())  # np.unique imports a MiB of numpy.ma
+        if len(found) == 1 and (label := found.pop()) >= 0:
             for layer, sums in stats.items():
-                self._counts[self._row[layer], :, found[0]] += sums.top
+                self._counts[self._row[layer], :, label] += sums.top
 
     def information(self) -> NDArray[np.float32]:
         """float32 [L, E], see `label_information`; all 0 without labels."""
@@ -162,20 +162,23 @@ class Score:
     def add(
         self, logits: NDArray[np.float32], batch: Batch, first: NDArray[np.int64] | None
     ) -> None:
-        """Add logits [B, K, V]; `first` [labels] are the first answer tokens, None without labels."""
-        if self._bias is not None:
-            logits = logits.copy()
-            logits[:, 0] = with_prior(logits[:, 0], self._bias)
-        shifted = logits - logits.max(-1, keepdims=True)
-        log_sum = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
-        picked = np.take_along_axis(shifted, batch.targets[..., None], -1)[..., 0]
-        self._nll += float(((log_sum - picked) * batch.weights).sum())
-        self._weight += float(batch.weights.sum())
-        if first is not None:
-            there = batch.labels >= 0
-            guess = logits[:, 0, :][:, first].argmax(-1)
-            self._right += int((guess == batch.labels)[there].sum())
-            self._rows += int(there.sum())
+        """Add logits [B, K, V]; `first` [labels] are the first answer tokens, None without labels.
+
+        Row by row: copies of all logits would be the largest arrays of a small device's lease.
+        """
+        for row, label in enumerate(batch.labels):
+            z = logits[row]
+            if self._bias is not None:
+                z = z.copy()
+                z[:1] = with_prior(z[:1], self._bias)
+            shifted = z - z.max(-1, keepdims=True)
+            log_sum = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
+            picked = np.take_along_axis(shifted, batch.targets[row, :, None], -1)[:, 0]
+            self._nll += float(((log_sum - picked) * batch.weights[row]).sum())
+            self._weight += float(batch.weights[row].sum())
+            if first is not None and label >= 0:
+                self._right += int(z[0, first].argmax() == label)
+                self._rows += 1
 
     @property
     def loss(self) -> float:

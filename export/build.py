@@ -54,8 +54,11 @@ def build(
     values: Values,
     advance: Advance,
     key: Ed25519PrivateKey | None = None,
+    profiling: bool = True,
 ) -> tuple[Manifest, Plan]:
     """Choose and lower the sub-MoE of a sliced base that fits `profile`; write it to `out`.
+
+    With `profiling`, also the programs for a profile of the whole model, which take most of the time.
 
     Raises
     ------
@@ -78,7 +81,9 @@ def build(
         experts={
             str(layer): ids for layer, ids in zip(base.moe_layers, chosen.experts, strict=True)
         },
-        profiling=_profiling(base, family, profile.name, chosen, store, advance),
+        profiling=(
+            _profiling(base, family, profile.name, chosen, store, advance) if profiling else None
+        ),
     )
     # The manifest comes last: no manifest, no artifact.
     return publish(out, base, artifact, key), chosen
@@ -247,6 +252,12 @@ def _parser() -> argparse.ArgumentParser:
         "--answers", type=int, default=4, help="scored tokens per row (default: %(default)s)"
     )
     parser.add_argument(
+        "--profiling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="programs for the server's --profile full (default: with them; without is faster)",
+    )
+    parser.add_argument(
         "--scale-budget",
         type=float,
         action="append",
@@ -346,7 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             values = experts_file.values(base, experts)
             with _bar(console, profile.name, 3) as advance:
-                artifact, chosen = build(base, profile, args.out, choices, values, advance, key)
+                artifact, chosen = build(
+                    base, profile, args.out, choices, values, advance, key, args.profiling
+                )
             _summary(console, base, artifact, chosen)
             if args.explain:
                 rank = choices.rank or profile.rank

@@ -59,7 +59,9 @@ def _commands(
         chosen = []
         for name in names:
             chosen += ["--profile", name, "--scale-budget", str(profiles[name])]
-        command = ["export.build", "--checkpoint", str(base), "--out", str(out), *shape, *chosen]
+        # The lab's server never asks for a profile of the whole model.
+        command = ["export.build", "--checkpoint", str(base), "--out", str(out), "--no-profiling"]
+        command += [*shape, *chosen]
         yield f"build-{index}", command
 
 

@@ -20,6 +20,13 @@ def test_kept_for_one_run(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
 
 
+def test_what_training_has_no_use_for_is_left_out(tmp_path):
+    kept = Kept(tmp_path)
+    kept.write("r1", {**ARRAYS, "residual.a": np.ones(3, np.float32)})
+    assert kept.read("r1", without=("residual.", "basis.")).keys() == ARRAYS.keys()
+    assert "residual.a" in kept.read("r1")
+
+
 def test_a_spoilt_file_is_nothing(tmp_path, caplog):
     kept = Kept(tmp_path)
     for data in (b"", b"x" * 100):
