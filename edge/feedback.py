@@ -86,6 +86,11 @@ def turned(
     return np.asarray(residual @ turn, np.float32)
 
 
+def warm() -> None:
+    """Load what `turned` needs: the code and the buffers of LAPACK, which no lease should be charged for."""
+    np.linalg.pinv(np.ones((4, 256)), RCOND)
+
+
 def carried(kept: Arrays, leased: Arrays, sent: Mapping[str, NDArray[np.float32]]) -> FloatArrays:
     """The residuals of former updates for what this lease sends, in the basis of its adapter.
 

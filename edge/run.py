@@ -147,6 +147,8 @@ def prepare(device: Device, welcome: messages.Welcome) -> tuple[Artifact, data.P
     # The tokenizer remembers the words it has met. It meets them now: they belong to the process, not to a lease.
     for row in device.rows[:WARM_ROWS]:
         prompts.row(row, None)
+    # So do the libraries that coding an update needs: 1.4 MiB of LAPACK.
+    feedback.warm()
     if device.limit is None:
         budget = device.options.budget_bytes or manifest.memory.budget
         device.limit = MemoryLimit(budget, device.options.enforce)
