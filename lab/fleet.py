@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from lab.judge import Judge
 from lab.live import View, fetch_status
 from lab.processes import Child, ProcessError, Processes
 from lab.scenario import Device, Scenario
+from protocol import schema
 
 log = logging.getLogger(__name__)
 LISTENING = "listening on "
@@ -38,6 +40,11 @@ class Plan:
         """The server's state."""
         return self.folder / "state"
 
+    @property
+    def objective(self) -> Path:
+        """What the scenario says of the local objective, for the server."""
+        return self.folder / "objective.json"
+
 
 def server_command(plan: Plan, scenario: Scenario) -> list[str]:
     """Module and flags of the server."""
@@ -59,6 +66,8 @@ def server_command(plan: Plan, scenario: Scenario) -> list[str]:
         "aggregate": server.aggregate,
         "seed": scenario.seed,
     }
+    if server.objective is not None:
+        flags["objective"] = plan.objective
     return [
         "server",
         *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
@@ -134,6 +143,8 @@ def run(
     ProcessError
         The server or the judge ended, every device did, or the run takes far too long.
     """
+    if scenario.server.objective is not None:
+        plan.objective.write_text(json.dumps(schema.to_dict(scenario.server.objective)))
     server = processes.start("server", server_command(plan, scenario), environment=ONE_THREAD)
     url = wait_for_url(server)
     view.say(f"server at {url}, status at {url}/v1/run, logs in {processes.logs}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import device_profiles
 from protocol import schema, topics
+from protocol.objective import Objective
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,6 +43,7 @@ class Server:
     deadline: float = 60.0
     per_round: int = 0  # devices drawn each round; 0: all
     aggregate: str = "svd"
+    objective: Objective | None = None  # None: the server's own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -94,7 +95,11 @@ def test_commands_are_understood_by_the_real_programs(tmp_path):
     chosen = run.settings(options("--devices", "1"))
     module, *words = fleet.server_command(plan(tmp_path), chosen)
     assert module == "server"
-    assert server_parser().parse_args(words).rounds == chosen.server.rounds
+    found = server_parser().parse_args(words)
+    assert found.rounds == chosen.server.rounds
+    assert found.objective == tmp_path / "objective.json"  # the demo has one of its own
+    plain = replace(chosen, server=replace(chosen.server, objective=None))
+    assert "--objective" not in fleet.server_command(plan(tmp_path), plain)
     module, *words = fleet.edge_command(plan(tmp_path), chosen, chosen.device[0], "http://h:1")
     assert module == "edge"
     assert parse_edge(words).enforce == "rlimit"
