@@ -415,7 +415,7 @@ def choose_rows(
 
     >>> rows = [Row(str(i)) for i in range(4)]
     >>> [row.text for row in choose_rows(rows[:2], rows[2:], 3, 1, 0)]
-    ['2', '0', '3']
+    ['0', '2', '3']
     """
     rng = np.random.default_rng(seed)
     if count:
