@@ -120,9 +120,8 @@ class LabelCounts:
 
     def add(self, batch: Batch, stats: Mapping[int, LayerStats]) -> None:
         """Count a batch; one without labels, or with several, is passed over."""
-        found = set(
-            batch.labels[batch.valid.any(-1)].tolist()
-        )  # np.unique imports a MiB of numpy.ma
+        # Not np.unique: its first call imports a MiB of numpy.ma.
+        found = set(batch.labels[batch.valid.any(-1)].tolist())
         if len(found) == 1 and (label := found.pop()) >= 0:
             for layer, sums in stats.items():
                 self._counts[self._row[layer], :, label] += sums.top

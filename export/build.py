@@ -58,7 +58,7 @@ def build(
 ) -> tuple[Manifest, Plan]:
     """Choose and lower the sub-MoE of a sliced base that fits `profile`; write it to `out`.
 
-    With `profiling`, also the programs for a profile of the whole model, which take most of the time.
+    With `profiling`, also the programs for a profile of the whole model.
 
     Raises
     ------
