@@ -23,8 +23,8 @@ from protocol import packing
 from protocol.manifest import BaseIndex, MemoryPlan, Program, Shape, Slot, TensorSpec
 
 RUNTIME_BYTES = 16 << 19
-"""What runtime, code and allocator take beside the counted terms: fitted with `benchmarks.memory_prediction`, then raised
-by 1.5 MiB to the peaks of `scripts/demo`. One MiB is for what a process gathers from round to round (up to 0.7 there)."""
+"""What runtime, code and allocator take beside the counted terms: fitted with `benchmarks.memory_prediction`, then
+raised by 1.5 MiB to the peaks of `scripts/demo`, with one MiB for what a process gathers from round to round."""
 COLUMNS = 256  # tokens that an operator takes at a time (edge/native/product.h)
 THREAD_BYTES = 256 << 10  # scratch of a thread
 THREADS = 4  # most that are counted
